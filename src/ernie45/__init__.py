@@ -1,0 +1,99 @@
+"""Run ERNIE 4.5 models from Python. `ErnieModel.from_pretrained` is where to start.
+
+Importing this package loads no torch: the names below arrive when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from ernie45.errors import (
+    AccessDeniedError,
+    CheckpointError,
+    ConfigError,
+    ContextLengthError,
+    CorruptFileError,
+    ErnieError,
+    HubUnreachableError,
+    InvalidRequestError,
+    ModelClosedError,
+    ModelNotFoundError,
+    OutOfMemoryError,
+    TemplateError,
+    TensorError,
+    TokenizerError,
+    UnsupportedError,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AccessDeniedError",
+    "ChatChunk",
+    "ChatCompletion",
+    "CheckpointError",
+    "Completion",
+    "CompletionChunk",
+    "ConfigError",
+    "ContextLengthError",
+    "CorruptFileError",
+    "ErnieError",
+    "ErnieModel",
+    "HubUnreachableError",
+    "InvalidRequestError",
+    "Message",
+    "ModelClosedError",
+    "ModelNotFoundError",
+    "OutOfMemoryError",
+    "Prompt",
+    "SamplingOptions",
+    "Score",
+    "TemplateError",
+    "TensorError",
+    "TokenLogprob",
+    "TokenizerError",
+    "UnsupportedError",
+    "Usage",
+    "__version__",
+]
+
+if TYPE_CHECKING:
+    from ernie45.model import ErnieModel
+    from ernie45.types.messages import Message
+    from ernie45.types.prompts import Prompt
+    from ernie45.types.requests import SamplingOptions
+    from ernie45.types.results import (
+        ChatChunk,
+        ChatCompletion,
+        Completion,
+        CompletionChunk,
+        Score,
+        TokenLogprob,
+        Usage,
+    )
+else:
+    # Hidden from type checkers: a module-level __getattr__ would make them accept any misspelt name.
+    _HOMES = {
+        "ErnieModel": "ernie45.model",
+        "Message": "ernie45.types.messages",
+        "Prompt": "ernie45.types.prompts",
+        "SamplingOptions": "ernie45.types.requests",
+        "ChatChunk": "ernie45.types.results",
+        "ChatCompletion": "ernie45.types.results",
+        "Completion": "ernie45.types.results",
+        "CompletionChunk": "ernie45.types.results",
+        "Score": "ernie45.types.results",
+        "TokenLogprob": "ernie45.types.results",
+        "Usage": "ernie45.types.results",
+    }
+
+    def __getattr__(name):
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

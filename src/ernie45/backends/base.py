@@ -1,0 +1,76 @@
+"""The seam between the engine and a model: `Backend.forward(batch) -> Step`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ernie45.spec import ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVCache:
+    """Keys and values of every slot, one tensor [slots, Hkv, context, D] a layer. The engine owns it and lends slots."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @staticmethod
+    def allocate(
+        spec: ModelSpec, *, num_slots: int, context_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> KVCache:
+        # empty, not zeros: on a CPU the pages of unused slots then never become resident.
+        shape = (num_slots, spec.num_kv_heads, context_tokens, spec.head_dim)
+        keys = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(spec.num_layers))
+        values = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(spec.num_layers))
+        return KVCache(keys=keys, values=values)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A run of `num_tokens` new tokens of one sequence, at positions `start` …, whose earlier keys lie in `slot`."""
+
+    slot: int
+    start: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """One step's work: the rows' tokens one after the other.
+
+    `token_ids`, `positions` and `slots` are int64 [N], one entry a token. `wanted` [M] says at which of the N tokens
+    logits are needed.
+    """
+
+    rows: tuple[Row, ...]
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    wanted: Tensor
+    cache: KVCache
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """What a step gives: `logits` float32 [M, V], one row for each wanted token."""
+
+    logits: Tensor
+
+
+class Backend(Protocol):
+    """A model's weights and its forward step. The engine calls it from one thread only."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def forward(self, batch: Batch) -> Step: ...

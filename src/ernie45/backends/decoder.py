@@ -1,0 +1,99 @@
+"""The text decoder: pre-norm blocks of causal attention and an MLP, as one readable file.
+
+Shape letters: N tokens of this step, h hidden size, H query heads, Hkv key/value heads, D head width, I MLP width,
+S tokens of a sequence so far.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ernie45.backends.base import Batch
+from ernie45.kernels.linear import Linear
+from ernie45.kernels.ops import RotaryTable, attention, rms_norm, rotate, swiglu
+from ernie45.spec import ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Norm:
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attention:
+    """`qkv` is the query, key and value projections in one matrix [(H + 2·Hkv)·D, h]."""
+
+    qkv: Linear
+    out: Linear
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, layer: int) -> Tensor:
+        keys, values = batch.cache.keys[layer], batch.cache.values[layer]
+        heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)
+        num_rotated = self.num_heads + self.num_kv_heads
+        query, key = rotate(heads[:, :num_rotated], cos, sin).split((self.num_heads, self.num_kv_heads), dim=1)
+        keys[batch.slots, :, batch.positions] = key
+        values[batch.slots, :, batch.positions] = heads[:, num_rotated:]
+
+        seen = []
+        first = 0
+        for row in batch.rows:
+            end = row.start + row.num_tokens
+            new = query[first : first + row.num_tokens]
+            seen.append(attention(new, keys[row.slot, :, :end], values[row.slot, :, :end]))
+            first += row.num_tokens
+        return self.out(seen[0] if len(seen) == 1 else torch.cat(seen))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenseMLP:
+    """SwiGLU; `gate_up` is the gate and up projections in one matrix [2·I, h], gate first."""
+
+    gate_up: Linear
+    down: Linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down(swiglu(self.gate_up(x)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderLayer:
+    attention_norm: Norm
+    attention: Attention
+    mlp_norm: Norm
+    mlp: DenseMLP
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, layer: int) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, batch, layer)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoder:
+    """The whole trunk: embedding [V, h], layers, final norm and output head [V, h]."""
+
+    spec: ModelSpec
+    embedding: Tensor
+    layers: tuple[DecoderLayer, ...]
+    norm: Norm
+    head: Linear
+    rotary: RotaryTable
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Run the batch's tokens through every layer, filling its KV slots -> float32 logits [M, V] of the wanted ones."""
+        x = self.embedding[batch.token_ids]
+        cos, sin = self.rotary.at(batch.positions)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, batch, index)
+        if not len(batch.wanted):
+            return x.new_empty((0, self.spec.vocab_size), dtype=torch.float32)
+        return self.head(self.norm(x[batch.wanted])).float()

@@ -1,0 +1,137 @@
+"""The `ernie45` command: `generate` completes a text, `chat` talks. Replies are streamed to standard output."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from ernie45.errors import ErnieError
+
+if TYPE_CHECKING:
+    from ernie45.model import ErnieModel
+    from ernie45.types.messages import Message
+    from ernie45.types.requests import SamplingOptions
+    from ernie45.types.results import ChatChunk, CompletionChunk, Usage
+
+DEFAULT_MODEL = "ernie45/tiny-dense"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 for an error of ours, 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _generate(options) if options.command == "generate" else _chat(options)
+    except ErnieError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ernie45", description="Run ERNIE 4.5 models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="complete a text")
+    generate.add_argument("prompt", help="the text to go on from; - reads standard input")
+    chat = commands.add_parser("chat", help="talk to a model; an empty line or Ctrl-D ends")
+    chat.add_argument("message", nargs="?", help="ask this one thing and stop")
+    chat.add_argument("--system", help="instructions to start the conversation with")
+
+    for command in (generate, chat):
+        command.add_argument(
+            "--model", default=DEFAULT_MODEL, help=f"name, folder or Hub id (default: {DEFAULT_MODEL})"
+        )
+        command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+        command.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+        command.add_argument("--max-new-tokens", type=int, help="longest reply in tokens (default: 512)")
+        command.add_argument("--temperature", type=float, help="0 is greedy (default: the checkpoint's)")
+        command.add_argument("--top-p", type=float, help="(default: the checkpoint's)")
+        command.add_argument("--seed", type=int, help="the same seed gives the same text")
+        command.add_argument("--usage", action="store_true", help="print token counts and speed to standard error")
+    return parser
+
+
+def _generate(options: argparse.Namespace) -> int:
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    with _load(options) as model, model.stream_generate(prompt, **_sampling(options)) as chunks:
+        _show(chunks, options.usage)
+    return 0
+
+
+def _chat(options: argparse.Namespace) -> int:
+    history: list[Message] = []
+    if options.system is not None:
+        history.append({"role": "system", "content": options.system})
+    with _load(options) as model:
+        if options.message is not None:
+            _answer(model, history, options.message, options)
+            return 0
+        while message := _ask():
+            _answer(model, history, message, options)
+    return 0
+
+
+def _answer(model: ErnieModel, history: list[Message], message: str, options: argparse.Namespace) -> None:
+    """Stream one answer and add the turn to `history`; Ctrl-C ends the answer, not the conversation."""
+    turn: Message = {"role": "user", "content": message}
+    with model.stream_chat([*history, turn], **_sampling(options)) as chunks:
+        text = _show(chunks, options.usage)
+    history += [turn, {"role": "assistant", "content": text}]
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _load(options: argparse.Namespace) -> ErnieModel:
+    # Imported here because it brings torch, which `--help` and mistyped options need not wait for.
+    from ernie45.model import ErnieModel
+
+    return ErnieModel.from_pretrained(options.model, device=options.device, dtype=options.dtype)
+
+
+def _sampling(options: argparse.Namespace) -> SamplingOptions:
+    sampling: SamplingOptions = {}
+    if options.max_new_tokens is not None:
+        sampling["max_new_tokens"] = options.max_new_tokens
+    if options.temperature is not None:
+        sampling["temperature"] = options.temperature
+    if options.top_p is not None:
+        sampling["top_p"] = options.top_p
+    if options.seed is not None:
+        sampling["seed"] = options.seed
+    return sampling
+
+
+def _show(chunks: Iterable[CompletionChunk] | Iterable[ChatChunk], with_usage: bool) -> str:
+    texts = []
+    usage: Usage | None = None
+    for chunk in chunks:
+        print(chunk.text, end="", flush=True)
+        texts.append(chunk.text)
+        usage = chunk.usage or usage
+    print()
+    if with_usage and usage is not None:
+        print(describe_usage(usage), file=sys.stderr)
+    return "".join(texts)
+
+
+def describe_usage(usage: Usage) -> str:
+    """One line for people: token counts, time to the first token, speed."""
+    parts = [f"{usage.prompt_tokens} prompt tokens, {usage.completion_tokens} new"]
+    if usage.seconds_to_first_token is not None:
+        parts.append(f"first after {usage.seconds_to_first_token:.2f} s")
+    if usage.tokens_per_second is not None:
+        parts.append(f"{usage.tokens_per_second:.0f} tokens/s")
+    return ", ".join(parts)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,219 @@
+"""The engine: one thread that steps a backend for many requests at once.
+
+Each turn of its loop is three plain calls: admit waiting requests to free KV slots, run some prompt tokens, draw one
+token for every running row. Requests join and leave between steps.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from ernie45.backends.base import Backend, Batch, KVCache, Row
+from ernie45.engine.sequence import Sequence
+from ernie45.engine.stream import TokenStream
+from ernie45.errors import ModelClosedError
+from ernie45.sampling import build_sampler
+from ernie45.types.requests import TokenRequest
+
+# Prompts are run in chunks whose edges are multiples of this, whatever else is running, so that a prompt's numbers
+# depend on the prompt alone. It is also the most prompt tokens run between two decode steps.
+PREFILL_CHUNK_TOKENS = 512
+
+# How far a row may run ahead of its reader before it pauses. Scoring events hold a chunk's logits, so few of them.
+_STREAM_CAPACITY = 64
+_SCORING_CAPACITY = 2
+
+
+class Engine:
+    """Runs token requests on `backend` with `num_slots` KV slots of `context_tokens` each.
+
+    `num_token_ids` is the tokenizer's size: ids from there on can never be drawn.
+    """
+
+    def __init__(self, backend: Backend, *, num_slots: int, context_tokens: int, num_token_ids: int) -> None:
+        self._backend = backend
+        self._num_token_ids = num_token_ids
+        self._vocab_size = backend.spec.vocab_size
+        self._device = backend.device
+        self._cache = KVCache.allocate(
+            backend.spec,
+            num_slots=num_slots,
+            context_tokens=context_tokens,
+            dtype=backend.dtype,
+            device=backend.device,
+        )
+        self._free_slots = list(reversed(range(num_slots)))
+        self._waiting: deque[Sequence] = deque()
+        self._active: list[Sequence] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="ernie45-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_free_slots(self) -> int:
+        return len(self._free_slots)
+
+    def submit(self, request: TokenRequest) -> TokenStream:
+        """Queue a request. Raises ModelClosedError after close()."""
+        capacity = _STREAM_CAPACITY if request.logit_positions is None else _SCORING_CAPACITY
+        stream = TokenStream(capacity=capacity, wake_producer=self._wake)
+        draw = build_sampler(
+            request.sampling,
+            num_token_ids=self._num_token_ids,
+            vocab_size=self._vocab_size,
+            prompt_ids=request.token_ids,
+            device=self._device,
+        )
+        sequence = Sequence(request, stream, draw)
+        with self._changed:
+            if self._closed:
+                raise _closed_error()
+            self._waiting.append(sequence)
+            self._changed.notify()
+        return stream
+
+    def close(self) -> None:
+        """End every request with ModelClosedError, stop the thread and let go of the weights. Safe to repeat."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    # Everything below runs on the engine's thread.
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while self._wait_for_work():
+                self._drop_cancelled()
+                self._admit()
+                self._prefill()
+                self._decode()
+        for sequence in (*self._active, *self._waiting):
+            sequence.fail(_closed_error())
+        self._active.clear()
+        self._waiting.clear()
+        del self._backend, self._cache
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    def _wait_for_work(self) -> bool:
+        """Sleep until there is something to do; False once the engine is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._has_work())
+            return not self._closed
+
+    def _has_work(self) -> bool:
+        if any(sequence.stream.cancelled for sequence in (*self._active, *self._waiting)):
+            return True
+        if self._waiting and self._free_slots:
+            return True
+        return any(sequence.stream.has_room for sequence in self._active)
+
+    def _drop_cancelled(self) -> None:
+        with self._changed:
+            dropped = [s for s in self._waiting if s.stream.cancelled]
+            self._waiting = deque(s for s in self._waiting if not s.stream.cancelled)
+        for sequence in dropped:
+            sequence.cancel()
+        for sequence in [s for s in self._active if s.stream.cancelled]:
+            sequence.cancel()
+            self._release(sequence)
+
+    def _admit(self) -> None:
+        with self._changed:
+            while self._waiting and self._free_slots:
+                sequence = self._waiting.popleft()
+                sequence.slot = self._free_slots.pop()
+                self._active.append(sequence)
+
+    def _prefill(self) -> None:
+        """Run prompt chunks, oldest request first, until this turn's share of prompt tokens is used up."""
+        budget = PREFILL_CHUNK_TOKENS
+        for sequence in [s for s in self._active if s.in_prefill and s.stream.has_room]:
+            while sequence.in_prefill and budget > 0 and sequence.stream.has_room:
+                edge = (sequence.num_cached // PREFILL_CHUNK_TOKENS + 1) * PREFILL_CHUNK_TOKENS
+                end = min(edge, sequence.num_prompt_tokens)
+                budget -= end - sequence.num_cached
+                self._guarded([sequence], lambda s=sequence, e=end: self._prefill_chunk(s, e))
+            if budget <= 0:
+                return
+
+    def _prefill_chunk(self, sequence: Sequence, end: int) -> None:
+        start = sequence.num_cached
+        if sequence.request.logit_positions is not None:
+            wanted = [p - start for p in sequence.request.logit_positions if start <= p < end]
+        else:
+            wanted = [end - 1 - start] if end == sequence.num_prompt_tokens else []
+        logits = self._forward([(sequence, end - start)], wanted)
+        if sequence.is_scoring:
+            sequence.score(logits)
+        elif not sequence.in_prefill:
+            sequence.accept(sequence.draw(logits[0]))
+
+    def _decode(self) -> None:
+        """One token for every running row whose reader keeps up."""
+        rows = [s for s in self._active if not s.in_prefill and s.stream.has_room]
+        if rows:
+            self._guarded(rows, lambda: self._decode_rows(rows))
+
+    def _decode_rows(self, rows: list[Sequence]) -> None:
+        logits = self._forward([(sequence, 1) for sequence in rows], list(range(len(rows))))
+        for sequence, row in zip(rows, logits, strict=True):
+            self._guarded([sequence], lambda s=sequence, r=row: s.accept(s.draw(r)))
+
+    def _forward(self, parts: list[tuple[Sequence, int]], wanted: list[int]) -> Tensor:
+        """Run each sequence's next `count` tokens in one batch -> logits [len(wanted), V]."""
+        rows, token_ids, positions, slots = [], [], [], []
+        for sequence, count in parts:
+            assert sequence.slot is not None
+            start = sequence.num_cached
+            rows.append(Row(slot=sequence.slot, start=start, num_tokens=count))
+            token_ids += sequence.token_ids[start : start + count]
+            positions += range(start, start + count)
+            slots += [sequence.slot] * count
+        step = self._backend.forward(
+            Batch(
+                rows=tuple(rows),
+                token_ids=self._ids(token_ids),
+                positions=self._ids(positions),
+                slots=self._ids(slots),
+                wanted=self._ids(wanted),
+                cache=self._cache,
+            )
+        )
+        for sequence, count in parts:
+            sequence.num_cached += count
+        return step.logits
+
+    def _ids(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+    def _guarded(self, sequences: Iterable[Sequence], work: Callable[[], None]) -> None:
+        """Run `work`; whatever it raises ends these sequences, not the engine. Finished ones give their slots back."""
+        try:
+            work()
+        except Exception as failure:  # handed to the reader, who raises it
+            for sequence in sequences:
+                sequence.fail(failure)
+        for sequence in sequences:
+            if sequence.finish_reason is not None:
+                self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        if sequence.slot is not None:
+            self._free_slots.append(sequence.slot)
+            sequence.slot = None
+            self._active.remove(sequence)
+
+
+def _closed_error() -> ModelClosedError:
+    return ModelClosedError("the model was closed", hint="load it again with ErnieModel.from_pretrained(...)")

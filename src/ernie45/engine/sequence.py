@@ -1,0 +1,79 @@
+"""Sequence: one request's progress through the engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ernie45.engine.stream import TokenStream
+from ernie45.sampling import Drawn
+from ernie45.types.requests import TokenRequest
+from ernie45.types.results import FinishReason, TokenEvent
+
+
+class Sequence:
+    """A request with its stream, its slot once it has one, and how much of it lies in the KV cache.
+
+    `token_ids` is the prompt and what was generated; the tokens from `num_cached` on are still to be run.
+    """
+
+    def __init__(self, request: TokenRequest, stream: TokenStream, draw: Callable[[Tensor], Drawn]) -> None:
+        self.request = request
+        self.stream = stream
+        self.draw = draw
+        self.token_ids = list(request.token_ids)
+        self.num_prompt_tokens = len(request.token_ids)
+        self.num_cached = 0
+        self.slot: int | None = None
+        self.finish_reason: FinishReason | None = None
+        self._submitted = time.perf_counter()
+
+    @property
+    def is_scoring(self) -> bool:
+        return self.request.logit_positions is not None
+
+    @property
+    def in_prefill(self) -> bool:
+        return self.num_cached < self.num_prompt_tokens
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def accept(self, drawn: Drawn) -> None:
+        """Take the drawn token, tell the reader, and note whether it was the last."""
+        self.token_ids.append(drawn.token_id)
+        if drawn.token_id in self.request.stop_token_ids:
+            self.finish_reason = "stop"
+        elif self.num_generated >= self.request.max_new_tokens:
+            self.finish_reason = "length"
+        self._put(token_id=drawn.token_id, logits=None, drawn=drawn)
+
+    def score(self, logits: Tensor) -> None:
+        """Hand logits [n, V] of the next wanted positions to the reader; the prompt's last chunk ends the request."""
+        if not self.in_prefill:
+            self.finish_reason = "stop"
+        elif not len(logits):
+            return
+        self._put(token_id=None, logits=logits, drawn=None)
+
+    def cancel(self) -> None:
+        self.finish_reason = "cancelled"
+        self._put(token_id=None, logits=None, drawn=None)
+
+    def fail(self, failure: BaseException) -> None:
+        self.finish_reason = "cancelled"
+        self.stream.fail(failure)
+
+    def _put(self, *, token_id: int | None, logits: Tensor | None, drawn: Drawn | None) -> None:
+        self.stream.put(
+            TokenEvent(
+                seconds=time.perf_counter() - self._submitted,
+                token_id=token_id,
+                logprob=drawn.logprob if drawn else None,
+                finish_reason=self.finish_reason,
+                logits=logits,
+            )
+        )

@@ -1,0 +1,42 @@
+"""Weight matrices: y = x Wᵀ + b."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# oneDNN's bf16 product on a CPU runs 1 row slower than 4 (17 against 22 GB/s of weights), and without packing sums 1
+# row in another order than many. Rows beyond the real ones are zeros and are cut off again.
+_MIN_CPU_ROWS = 4
+
+
+class Linear:
+    """A weight matrix [out, in] with its product. On a CPU in bf16 it is kept in oneDNN's blocked layout, which is
+    read about a third faster and gives a row the same bits whatever stands beside it."""
+
+    __slots__ = ("bias", "in_features", "out_features", "packed", "pads_rows", "weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, pack: bool = True) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.bias = bias
+        self.pads_rows = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        self.packed = pack and self.pads_rows and _onednn_bf16()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1) if self.packed else weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [N, in] -> [N, out]"""
+        num_rows = x.shape[0]
+        if self.pads_rows and num_rows < _MIN_CPU_ROWS:
+            return self._product(F.pad(x, (0, 0, 0, _MIN_CPU_ROWS - num_rows)))[:num_rows]
+        return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
+        if not self.packed:
+            return F.linear(x, self.weight, self.bias)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return y
+
+
+def _onednn_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

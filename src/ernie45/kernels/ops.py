@@ -1,0 +1,64 @@
+"""The decoder's other operations, written as the published model defines them (transformers' `Ernie4_5ForCausalLM`)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [N, h] over its root mean square, computed in float32 and rounded before the weight [h] is applied."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """gate_up [N, 2·I], gate half first -> silu(gate) · up [N, I]"""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class RotaryTable:
+    """cos and sin [context, D/2] of the angles position · theta^(-2i/D), in float32."""
+
+    __slots__ = ("cos", "sin")
+
+    def __init__(self, *, head_dim: int, theta: float, context_tokens: int, device: torch.device) -> None:
+        inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        angles = torch.arange(context_tokens, dtype=torch.float32)[:, None] * inverse
+        self.cos = angles.cos().to(device)
+        self.sin = angles.sin().to(device)
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions [N] -> cos, sin [N, 1, D/2], to be broadcast over heads"""
+        return self.cos[positions][:, None], self.sin[positions][:, None]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate adjacent pairs (interleaved RoPE) of x [N, H, D] in float32; cos and sin [N, 1, D/2]."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    even, odd = pairs[..., 0], pairs[..., 1]
+    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
+
+
+def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Causal attention of a sequence's last T tokens: query [T, H, D], keys and values [Hkv, S, D], S >= T -> [T, H·D].
+
+    Query token t sees keys 0 … S - T + t; query head h uses key/value head h // (H / Hkv); scale 1/sqrt(D).
+    """
+    num_tokens, num_heads, head_dim = query.shape
+    num_kv_heads, num_keys, _ = keys.shape
+    if num_tokens == 1:
+        # The query heads of one kv head stand as its query tokens: every key is read once, not once per query head.
+        grouped = query.view(1, num_kv_heads, num_heads // num_kv_heads, head_dim)
+        return F.scaled_dot_product_attention(grouped, keys[None], values[None]).reshape(1, -1)
+    mask = None
+    if num_keys > num_tokens:
+        mask = torch.ones(num_tokens, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_tokens)
+    out = F.scaled_dot_product_attention(
+        query.transpose(0, 1)[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
+    return out[0].transpose(0, 1).reshape(num_tokens, -1)

@@ -1,0 +1,183 @@
+"""The composition root: a name becomes a folder, a spec, a backend, a runner."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ernie45.backends.dense import build_dense
+from ernie45.checkpoint.headers import read_headers, read_json
+from ernie45.checkpoint.progress import byte_progress
+from ernie45.checkpoint.read import TensorReader
+from ernie45.checkpoint.resolve import resolve
+from ernie45.checkpoint.survey import HeaderSurvey
+from ernie45.devices import choose_device, choose_dtype, free_bytes
+from ernie45.errors import InvalidRequestError, TensorError, TokenizerError, UnsupportedError
+from ernie45.memory.budget import fit, parse_bytes
+from ernie45.runners.base import Runner
+from ernie45.runners.local import LocalRunner
+from ernie45.spec import GenerationDefaults, ModelSpec, parse_generation_defaults, parse_spec
+from ernie45.tokenizer import ChatTemplate, Tokenizer, load_template, load_tokenizer
+from ernie45.types.reports import IgnoredTensor, LoadReport
+
+MemoryLimit = str | Mapping[str, str]
+
+_PRESETS_TO_COME = ("int8", "int4", "nf4", "bnb-int8")
+_END_TOKENS = ("</s>", "<|end_of_sentence|>")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedModel:
+    """Everything the facade needs. `tokenizer` and `template` are None for a folder without tokenizer files."""
+
+    name: str
+    spec: ModelSpec
+    runner: Runner
+    tokenizer: Tokenizer | None
+    template: ChatTemplate | None
+    defaults: GenerationDefaults
+    stop_token_ids: frozenset[int]
+    context_tokens: int
+    report: LoadReport
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    *,
+    quantization: str,
+    device: str,
+    dtype: str,
+    memory: MemoryLimit | None,
+    context_tokens: int | None,
+    max_batch: int | None,
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    local_files_only: bool,
+    token: str | None,
+    progress: bool,
+) -> LoadedModel:
+    """Load a dense checkpoint. Everything that can be checked without reading a weight is checked first."""
+    started = time.perf_counter()
+    _check_quantization(quantization)
+    torch_device = choose_device(device)
+    folder = resolve(
+        name_or_path,
+        revision=revision,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        token=token,
+        progress=progress,
+    )
+    spec = parse_spec(read_json(folder / "config.json"))
+    defaults = _generation_defaults(folder)
+    torch_dtype = choose_dtype(dtype, checkpoint=spec.dtype, device=torch_device)
+    index = read_headers(folder)
+    survey = HeaderSurvey(index)
+    build_dense(spec, survey, dtype=torch_dtype, device=torch.device("meta"), context_tokens=1)
+    ignored = tuple(_ignored(name, spec) for name in survey.unread())
+    budget = fit(
+        spec,
+        weight_bytes=survey.weight_bytes,
+        bytes_per_value=torch_dtype.itemsize,
+        memory_bytes=_memory_bytes(memory, torch_device),
+        context_tokens=context_tokens,
+        max_batch=max_batch,
+    )
+    tokenizer, template = _text_side(folder, spec)
+    with byte_progress(f"Loading {folder.name}", survey.read_bytes, show=progress) as advance:
+        backend = build_dense(
+            spec,
+            TensorReader(index, advance=advance),
+            dtype=torch_dtype,
+            device=torch_device,
+            context_tokens=budget.context_tokens,
+        )
+    return LoadedModel(
+        name=str(name_or_path),
+        spec=spec,
+        runner=LocalRunner(
+            backend,
+            num_slots=budget.max_batch,
+            context_tokens=budget.context_tokens,
+            num_token_ids=tokenizer.size if tokenizer is not None else spec.vocab_size,
+        ),
+        tokenizer=tokenizer,
+        template=template,
+        defaults=defaults,
+        stop_token_ids=_stop_token_ids(spec, defaults, tokenizer),
+        context_tokens=budget.context_tokens,
+        report=LoadReport(
+            folder=str(folder),
+            num_tensors=len(index.tensors) - len(ignored),
+            weight_bytes=survey.weight_bytes,
+            load_seconds=time.perf_counter() - started,
+            device=str(torch_device),
+            dtype=str(torch_dtype).removeprefix("torch."),
+            ignored=ignored,
+            unknown_config_keys=spec.unknown_keys,
+        ),
+    )
+
+
+def _check_quantization(quantization: str) -> None:
+    if quantization in _PRESETS_TO_COME:
+        raise UnsupportedError(
+            f"quantization={quantization!r} comes with a later version of ernie45",
+            hint="use quantization='none' (which 'auto' means for now)",
+        )
+    if quantization not in ("auto", "none"):
+        raise InvalidRequestError(f"quantization={quantization!r} is unknown", hint="use 'auto' or 'none'")
+
+
+def _generation_defaults(folder: Path) -> GenerationDefaults:
+    path = folder / "generation_config.json"
+    return parse_generation_defaults(read_json(path) if path.is_file() else {})
+
+
+def _ignored(name: str, spec: ModelSpec) -> IgnoredTensor:
+    """Why a stored tensor need not be read; one without a reason is an error."""
+    if name == "lm_head.weight" and spec.tied:
+        return IgnoredTensor(name=name, reason="config.json ties the output head to the embedding")
+    if name.endswith("rotary_emb.inv_freq"):
+        return IgnoredTensor(name=name, reason="computed from rope_theta")
+    raise TensorError(
+        f"the checkpoint holds a tensor {name!r} that a model of this config has no place for",
+        hint="config.json and the weight files do not belong together, or the checkpoint is a variant to report",
+    )
+
+
+def _memory_bytes(memory: MemoryLimit | None, device: torch.device) -> int:
+    """The memory to fit into: what is free, or what the caller allows for this device."""
+    if memory is None:
+        return free_bytes(device)
+    if isinstance(memory, str):
+        return parse_bytes(memory) if device.type == "cpu" else free_bytes(device)
+    for name in (str(device), device.type, f"{device.type}:0"):
+        if name in memory:
+            return parse_bytes(memory[name])
+    return free_bytes(device)
+
+
+def _text_side(folder: Path, spec: ModelSpec) -> tuple[Tokenizer | None, ChatTemplate | None]:
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        return None, None
+    if tokenizer.size > spec.vocab_size:
+        raise TokenizerError(
+            f"the tokenizer has {tokenizer.size} tokens, but the model only {spec.vocab_size}",
+            hint="the tokenizer files in the folder belong to another model",
+        )
+    return tokenizer, load_template(folder)
+
+
+def _stop_token_ids(
+    spec: ModelSpec, defaults: GenerationDefaults, tokenizer: Tokenizer | None
+) -> frozenset[int]:
+    """Replies end with `</s>`; `<|end_of_sentence|>`, which closes turns in a history, ends them as well."""
+    named = [tokenizer.token_id(token) for token in _END_TOKENS] if tokenizer is not None else []
+    return frozenset((*spec.eos_token_ids, *defaults.eos_token_ids, *(i for i in named if i is not None)))

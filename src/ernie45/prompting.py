@@ -1,0 +1,126 @@
+"""Messages to Prompt: checked, rendered by the chat template, encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ernie45.errors import InvalidRequestError, TokenizerError
+from ernie45.tokenizer import ChatTemplate, Tokenizer
+from ernie45.types.messages import Conversation, Message
+from ernie45.types.prompts import Prompt
+
+ROLES = ("system", "user", "assistant")
+
+
+class Prompter:
+    """Makes prompts for one model. `tokenizer` is None for a folder without tokenizer files: then ids only.
+
+    `vocab_size` bounds the ids a caller may give.
+    """
+
+    def __init__(self, *, tokenizer: Tokenizer | None, template: ChatTemplate | None, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        self._vocab_size = vocab_size
+
+    def from_messages(self, messages: Conversation) -> Prompt:
+        """Render a conversation, up to where the assistant is to speak.
+
+        Raises:
+            InvalidRequestError: not a list of messages, an unknown role, or content this model cannot read.
+            TemplateError: the chat template refuses the messages.
+            TokenizerError: the checkpoint has no tokenizer.
+        """
+        checked = _checked(messages)
+        if self._tokenizer is None or self._template is None:
+            raise no_tokenizer("chat")
+        text = self._template.render(checked, add_generation_prompt=True)
+        return Prompt(text=text, token_ids=tuple(self._tokenizer.encode(text)))
+
+    def from_prompt(self, prompt: str | Sequence[int] | Prompt) -> Prompt:
+        """Take text or token ids as they are; nothing is added.
+
+        Raises:
+            InvalidRequestError: neither text nor ids, empty, or an id outside the vocabulary.
+            TokenizerError: text, and the checkpoint has no tokenizer.
+        """
+        if isinstance(prompt, Prompt):
+            return prompt
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise no_tokenizer("a text prompt")
+            made = Prompt(text=prompt, token_ids=tuple(self._tokenizer.encode(prompt)))
+        else:
+            made = Prompt(text="", token_ids=self._checked_ids(prompt))
+        if not made.token_ids:
+            raise InvalidRequestError("the prompt is empty", hint="give at least one token of text or one id")
+        return made
+
+    def _checked_ids(self, prompt: Sequence[int]) -> tuple[int, ...]:
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+            raise InvalidRequestError(
+                f"a prompt is text or a sequence of token ids, not {type(prompt).__name__}",
+                hint="for messages use chat(), for many prompts batch_generate()",
+            )
+        for token_id in prompt:
+            if isinstance(token_id, bool) or not isinstance(token_id, int):
+                raise InvalidRequestError(
+                    f"a token id must be a whole number, not {token_id!r}",
+                    hint="for messages use chat(), for many prompts batch_generate()",
+                )
+            if not 0 <= token_id < self._vocab_size:
+                raise InvalidRequestError(
+                    f"token id {token_id} is outside the vocabulary of {self._vocab_size}",
+                    hint="encode the text with this model's own tokenizer",
+                )
+        return tuple(prompt)
+
+
+def no_tokenizer(what: str) -> TokenizerError:
+    return TokenizerError(
+        f"{what} needs a tokenizer, and this checkpoint has neither tokenizer.model nor tokenizer.json",
+        hint="put the checkpoint's tokenizer files beside its config.json, or give token ids",
+    )
+
+
+def _checked(messages: Conversation) -> list[Message]:
+    if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence):
+        raise InvalidRequestError(
+            f"messages must be a list of messages, not {type(messages).__name__}",
+            hint='e.g. [{"role": "user", "content": "Hi"}]; for plain text use generate()',
+        )
+    if not messages:
+        raise InvalidRequestError("the conversation is empty", hint='e.g. [{"role": "user", "content": "Hi"}]')
+    return [_checked_message(index, message) for index, message in enumerate(messages)]
+
+
+def _checked_message(index: int, message: object) -> Message:
+    if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+        raise InvalidRequestError(
+            f"message {index} is not a message: {message!r}", hint='write {"role": "user", "content": "…"}'
+        )
+    if message["role"] not in ROLES:
+        raise InvalidRequestError(
+            f"message {index} has the unknown role {message['role']!r}", hint=f"roles are {', '.join(ROLES)}"
+        )
+    return {"role": message["role"], "content": _text_of(index, message["content"])}
+
+
+def _text_of(index: int, content: object) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
+        raise InvalidRequestError(
+            f"message {index}: content must be text or a list of parts, not {type(content).__name__}",
+            hint='write "content": "…"',
+        )
+    texts = []
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise InvalidRequestError(
+                f"message {index} has a part of type {kind!r}, and this model reads text only",
+                hint='a text part is {"type": "text", "text": "…"}',
+            )
+        texts.append(part["text"])
+    return "".join(texts)

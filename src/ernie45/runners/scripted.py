@@ -1,0 +1,60 @@
+"""A runner that replays given replies: for tests of code that uses a model."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from ernie45.errors import InvalidRequestError, ModelClosedError, UnsupportedError
+from ernie45.runners.base import Handle
+from ernie45.types.requests import TokenRequest
+from ernie45.types.results import TokenEvent
+
+
+class ScriptedRunner:
+    """Answers the n-th request with the n-th reply (token ids), cut at `max_new_tokens`; `requests` records them all."""
+
+    def __init__(self, replies: Sequence[Sequence[int]]) -> None:
+        self._replies = deque(tuple(reply) for reply in replies)
+        self._lock = threading.Lock()
+        self._closed = False
+        self.requests: list[TokenRequest] = []
+
+    def submit(self, request: TokenRequest) -> Handle:
+        if request.logit_positions is not None:
+            raise UnsupportedError("a scripted model has no logits", hint="use ernie45/tiny-dense to test scoring")
+        with self._lock:
+            if self._closed:
+                raise ModelClosedError("the model was closed", hint="make a new scripted model")
+            self.requests.append(request)
+            if not self._replies:
+                raise InvalidRequestError(
+                    f"the script has no reply for request {len(self.requests)}", hint="give scripted_model one more reply"
+                )
+            reply = self._replies.popleft()
+        return _ScriptedHandle(reply, request)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+
+
+class _ScriptedHandle:
+    def __init__(self, reply: tuple[int, ...], request: TokenRequest) -> None:
+        self._token_ids = deque(reply[: request.max_new_tokens])
+        self._finish_reason = "length" if len(reply) > request.max_new_tokens else "stop"
+        self._cancelled = False
+
+    def poll(self) -> TokenEvent | None:
+        if self._cancelled:
+            return TokenEvent(finish_reason="cancelled")
+        if self._token_ids:
+            return TokenEvent(token_id=self._token_ids.popleft())
+        return TokenEvent(finish_reason="length" if self._finish_reason == "length" else "stop")
+
+    def notify(self, callback: Callable[[], None]) -> None:
+        callback()
+
+    def cancel(self) -> None:
+        self._cancelled = True

@@ -1,0 +1,75 @@
+"""One token from logits: the most likely one, or one drawn by chance."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ernie45.errors import CorruptFileError
+from ernie45.sampling.filters import likely_tokens, relative_weights
+from ernie45.types.requests import Sampling
+
+
+def check_finite(value: float) -> None:
+    """Check the maximum or log-sum of logits, which is finite only where they can be used.
+
+    Raises:
+        CorruptFileError: it is NaN or infinite.
+    """
+    if not math.isfinite(value):
+        raise CorruptFileError(
+            f"the model's logits are not finite (found {value})",
+            hint="load with dtype='float32' in case a narrower type overflows; if that does not help, "
+            "the weight files are damaged: download them again",
+        )
+
+
+def greedy_token(logits: Tensor) -> int:
+    """Return the id of the highest of `logits` [V], the lowest id among equals.
+
+    Raises:
+        CorruptFileError: the logits hold NaN or +inf, or nothing but -inf.
+    """
+    token_id = int(logits.argmax())
+    check_finite(float(logits[token_id]))  # argmax takes NaN for the highest
+    return token_id
+
+
+def greedy_tokens(logits: Tensor, num_token_ids: int) -> list[int]:
+    """Return `greedy_token` of each row of `logits` [B, V] at once, among the first `num_token_ids` ids.
+
+    For rows whose sampler says `is_plain_greedy`: they share all threads, or one wait for the device.
+
+    Raises:
+        CorruptFileError: a row holds NaN or +inf, or nothing but -inf.
+    """
+    allowed = logits[:, :num_token_ids]
+    token_ids = allowed.argmax(dim=-1, keepdim=True)
+    for best in allowed.gather(1, token_ids)[:, 0].tolist():
+        check_finite(best)
+    return [int(token_id) for token_id in token_ids[:, 0].tolist()]
+
+
+def sampled_token(logits: Tensor, sampling: Sampling, uniform: float) -> int:
+    """Draw an id from `logits` [V] under temperature, top_k, top_p and min_p.
+
+    Args:
+        uniform: random number, 0 <= uniform < 1; the same number picks the same token.
+
+    Raises:
+        CorruptFileError: the logits hold NaN or +inf, or nothing but -inf.
+    """
+    best = float(logits.amax())
+    check_finite(best)
+    if not sampling.top_k and sampling.top_p == 1 and sampling.min_p == 0:
+        return _inverse_cdf(relative_weights(logits, best, sampling.temperature), uniform)
+    weights, token_ids = likely_tokens(logits, best, sampling)
+    return int(token_ids[_inverse_cdf(weights, uniform)])
+
+
+def _inverse_cdf(weights: Tensor, uniform: float) -> int:
+    cumulative = weights.cumsum(0)
+    # right=True steps over tokens of weight 0, also where uniform is 0.
+    return int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))

@@ -1,0 +1,93 @@
+"""What a model thinks of a given text: raw logits and log-probabilities, read from scoring requests."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ernie45.devices import free_bytes
+from ernie45.errors import InvalidRequestError, OutOfMemoryError
+from ernie45.runners.base import Runner
+from ernie45.types.prompts import Prompt
+from ernie45.types.requests import TokenRequest
+from ernie45.types.results import Score
+
+
+def prompt_logits(runner: Runner, prompt: Prompt, positions: Sequence[int] | None, vocab_size: int) -> Tensor:
+    """Logits [n, V] (float32, on the CPU) after the tokens at `positions`, or after every token.
+
+    Raises:
+        InvalidRequestError: a position outside the prompt.
+        OutOfMemoryError: the result would not fit the memory that is free.
+    """
+    asked = range(len(prompt)) if positions is None else [_position(p, len(prompt)) for p in positions]
+    ascending = sorted(set(asked))
+    needed, free = len(asked) * vocab_size * 4, free_bytes(torch.device("cpu"))
+    if needed > free:
+        raise OutOfMemoryError(
+            f"{len(asked)} rows of {vocab_size} logits take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free",
+            hint="ask for fewer positions=",
+        )
+    if not ascending:
+        return torch.empty((0, vocab_size))
+    result = torch.empty((len(ascending), vocab_size))
+    filled = 0
+    for logits in _scoring_chunks(runner, prompt, ascending):
+        result[filled : filled + len(logits)] = logits
+        filled += len(logits)
+    if list(asked) == ascending:
+        return result
+    row_of = {position: row for row, position in enumerate(ascending)}
+    return result[[row_of[position] for position in asked]]
+
+
+def prompt_score(runner: Runner, prompt: Prompt) -> Score:
+    """Log-probability of every token but the first, under the softmax of the raw logits before it.
+
+    Raises:
+        InvalidRequestError: fewer than two tokens.
+    """
+    if len(prompt) < 2:
+        raise InvalidRequestError(
+            f"a score needs at least two tokens, not {len(prompt)}", hint="the first token has nothing before it"
+        )
+    following = torch.tensor(prompt.token_ids[1:])
+    logprobs: list[float] = []
+    for logits in _scoring_chunks(runner, prompt, range(len(prompt) - 1)):
+        next_ids = following[len(logprobs) : len(logprobs) + len(logits), None]
+        chosen = logits.gather(1, next_ids)[:, 0] - logits.logsumexp(1)
+        logprobs += chosen.tolist()
+    return Score(
+        token_ids=prompt.token_ids,
+        logprobs=tuple(logprobs),
+        perplexity=math.exp(-math.fsum(logprobs) / len(logprobs)),
+    )
+
+
+def _scoring_chunks(runner: Runner, prompt: Prompt, positions: Sequence[int]) -> Iterator[Tensor]:
+    """Logits of ascending `positions`, a chunk of the prompt at a time, on the CPU."""
+    handle = runner.submit(TokenRequest(token_ids=prompt.token_ids, logit_positions=tuple(positions)))
+    try:
+        while True:
+            while (event := handle.poll()) is None:
+                ready = threading.Event()
+                handle.notify(ready.set)
+                ready.wait()
+            if event.logits is not None:
+                yield event.logits.cpu()
+            if event.finish_reason is not None:
+                return
+    finally:
+        handle.cancel()
+
+
+def _position(position: int, num_tokens: int) -> int:
+    if not isinstance(position, int) or not -num_tokens <= position < num_tokens:
+        raise InvalidRequestError(
+            f"position {position!r} is outside the prompt of {num_tokens} tokens", hint="positions count from 0"
+        )
+    return position % num_tokens

@@ -1,0 +1,250 @@
+"""ModelSpec: what a checkpoint's config.json says about the mathematics, strictly read.
+
+Config keys come in three classes. *Read* keys become fields. *Neutral* keys do not change what we compute as long as
+they have the value listed here; another value is an error, because ignoring it would give wrong tokens. Everything
+else is *unknown* and ends up in `ModelSpec.unknown_keys`, which the load report warns about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ernie45.errors import ConfigError
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+DTYPE_NAMES: tuple[DtypeName, ...] = ("float32", "bfloat16", "float16")
+
+_READ = {
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_parameters", "use_bias",
+    "tie_word_embeddings", "torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id",
+}  # fmt: skip
+
+# The value (or values) at which a key changes nothing.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "hidden_act": ("silu",),
+    "rope_scaling": (None,),
+    "compression_ratio": (1,),
+    "scale_qk_coeff": (1,),
+    "use_rmsnorm": (True,),
+    "sliding_window": (None,),
+    "attention_bias": (None, False),
+    "mlp_bias": (None, False),
+    "add_tail_layers": (False, 0),
+    "num_nextn_predict_layers": (0, None),
+    "quantization_config": (None,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+}
+
+# Bookkeeping and training settings: no value of theirs touches inference.
+_WITHOUT_EFFECT = {
+    "architectures", "auto_map", "transformers_version", "_name_or_path", "paddleformers_version", "source", "use_cache",
+    "initializer_range", "attention_probs_dropout_prob", "hidden_dropout_prob", "attention_dropout", "ignored_index",
+    "weight_share_add_bias", "fuse_linear", "fuse_ln", "fuse_rms_norm", "fuse_rope", "fuse_swiglu", "token_balance_loss",
+    "token_balance_seqlen", "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward",
+    "id2label", "label2id", "problem_type", "is_decoder", "pruned_heads", "task_specific_params", "tokenizer_class",
+    "prefix", "sep_token_id", "cls_token_id", "use_flash_attention",
+}  # fmt: skip
+
+_MODEL_TYPES_TO_COME = ("ernie4_5_moe", "ernie4_5_moe_vl", "ernie4_5_vl_moe")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """The shape and constants of one model.
+
+    `head_dim` is independent of `hidden_size / num_heads`. `tied` is the config's word on whether the output head is
+    the embedding; the files decide (an `lm_head.weight` of its own is used). `dtype` is the checkpoint's.
+    """
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_context_tokens: int
+    rms_norm_eps: float
+    rope_theta: float
+    use_bias: bool
+    tied: bool
+    dtype: DtypeName
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    unknown_keys: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"config.json: num_attention_heads {self.num_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_kv_heads}",
+                hint="the file is damaged or not an ERNIE 4.5 config",
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"config.json: head_dim {self.head_dim} is odd", hint="rotary embeddings need pairs")
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Numbers the KV cache holds for one token: 2 · layers · kv heads · head_dim."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+
+def parse_spec(config: Mapping[str, Any]) -> ModelSpec:
+    """Read a dense ERNIE 4.5 config, in the published July-2025 form or transformers' own.
+
+    Raises:
+        ConfigError: another model type, a missing or senseless value, or a neutral key with another value.
+    """
+    model_type = config.get("model_type")
+    if model_type != "ernie4_5":
+        raise _unknown_model_type(model_type)
+    _check_neutral(config)
+    hidden_size = _positive_int(config, "hidden_size")
+    num_heads = _positive_int(config, "num_attention_heads")
+    return ModelSpec(
+        model_type="ernie4_5",
+        hidden_size=hidden_size,
+        intermediate_size=_positive_int(config, "intermediate_size"),
+        num_layers=_positive_int(config, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=_positive_int(config, "num_key_value_heads", default=num_heads),
+        head_dim=_positive_int(config, "head_dim", default=hidden_size // num_heads),
+        vocab_size=_positive_int(config, "vocab_size"),
+        max_context_tokens=_positive_int(config, "max_position_embeddings", default=131072),
+        rms_norm_eps=_positive_float(config, "rms_norm_eps", default=1e-5),
+        rope_theta=_rope_theta(config),
+        use_bias=_bool(config, "use_bias", default=False),
+        # The original remote code's default, when the key is absent, is untied.
+        tied=_bool(config, "tie_word_embeddings", default=False),
+        dtype=_dtype(config),
+        bos_token_id=_token_id(config, "bos_token_id"),
+        eos_token_ids=_token_ids(config, "eos_token_id"),
+        unknown_keys=tuple(sorted(set(config) - _READ - set(_NEUTRAL) - _WITHOUT_EFFECT)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationDefaults:
+    """What generation_config.json sets for calls that leave an option out; the published values where it is silent."""
+
+    temperature: float = 0.8
+    top_p: float = 0.8
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    eos_token_ids: tuple[int, ...] = ()
+
+
+def parse_generation_defaults(config: Mapping[str, Any]) -> GenerationDefaults:
+    """Read generation_config.json. `do_sample: false` means greedy, whatever temperature stands beside it."""
+    names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    numbers = {name: _number(config, name) for name in names if config.get(name) is not None}
+    if config.get("do_sample") is False:
+        numbers["temperature"] = 0.0
+    top_k = config.get("top_k")
+    return GenerationDefaults(
+        **numbers,
+        top_k=top_k if isinstance(top_k, int) and top_k > 0 else 0,
+        eos_token_ids=_token_ids(config, "eos_token_id"),
+    )
+
+
+def _unknown_model_type(model_type: object) -> ConfigError:
+    if model_type in _MODEL_TYPES_TO_COME:
+        return ConfigError(
+            f"config.json: model_type {model_type!r} is not supported by this version of ernie45",
+            hint="this version runs the dense models, e.g. 'ERNIE-4.5-0.3B-PT'",
+        )
+    return ConfigError(
+        f"config.json: model_type {model_type!r} is not ERNIE 4.5",
+        hint="ernie45 runs model_type 'ernie4_5'; check that the folder holds the model you mean",
+    )
+
+
+def _check_neutral(config: Mapping[str, Any]) -> None:
+    for key, allowed in _NEUTRAL.items():
+        if key in config and config[key] not in allowed:
+            wanted = " or ".join(repr(value) for value in allowed)
+            raise ConfigError(
+                f"config.json: {key} is {config[key]!r}, and ernie45 only computes {key} = {wanted}",
+                hint="another value would change every answer; please report the checkpoint that has it",
+            )
+
+
+def _rope_theta(config: Mapping[str, Any]) -> float:
+    """`rope_theta` stands at the top (published form) or in `rope_parameters` (transformers 5)."""
+    parameters = config.get("rope_parameters") or {}
+    if not isinstance(parameters, Mapping):
+        raise ConfigError(f"config.json: rope_parameters is {parameters!r}", hint="it must be an object")
+    kind = parameters.get("rope_type", "default")
+    unknown = set(parameters) - {"rope_type", "rope_theta"}
+    if kind != "default" or unknown:
+        raise ConfigError(
+            f"config.json: rope_parameters {dict(parameters)!r} ask for something else than plain rotary embeddings",
+            hint="ernie45 computes rope_type 'default' with rope_theta alone",
+        )
+    if "rope_theta" in parameters:
+        return _positive_float(parameters, "rope_theta", default=500000.0)
+    return _positive_float(config, "rope_theta", default=500000.0)
+
+
+def _dtype(config: Mapping[str, Any]) -> DtypeName:
+    name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    for known in DTYPE_NAMES:
+        if name == known:
+            return known
+    raise ConfigError(f"config.json: dtype {name!r} is unknown", hint=f"known are {', '.join(DTYPE_NAMES)}")
+
+
+def _positive_int(config: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
+    value = config.get(key)
+    if value is None:
+        if default is None:
+            raise ConfigError(f"config.json: {key} is missing", hint="the file is incomplete; download it again")
+        value = default
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+        raise ConfigError(f"config.json: {key} is {value!r}", hint="it must be a whole number above 0")
+    return value
+
+
+def _number(config: Mapping[str, Any], key: str) -> float:
+    value = config[key]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{key} is {value!r} in the checkpoint's config", hint="it must be a number")
+    return float(value)
+
+
+def _positive_float(config: Mapping[str, Any], key: str, *, default: float) -> float:
+    value = default if config.get(key) is None else _number(config, key)
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"config.json: {key} is {value!r}", hint="it must be above 0")
+    return value
+
+
+def _bool(config: Mapping[str, Any], key: str, *, default: bool) -> bool:
+    value = config.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise ConfigError(f"config.json: {key} is {value!r}", hint="it must be true or false")
+    return value
+
+
+def _token_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    value = config.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise ConfigError(f"{key} is {value!r} in the checkpoint's config", hint="it must be a token id or a list of them")
+    return tuple(ids)
+
+
+def _token_id(config: Mapping[str, Any], key: str) -> int | None:
+    ids = _token_ids(config, key)
+    return ids[0] if ids else None

@@ -1,0 +1,14 @@
+"""Text to token ids and back, and chat templates."""
+
+from ernie45.tokenizer.detokenizer import TextAssembler
+from ernie45.tokenizer.templates import ERNIE45_TEMPLATE, ChatTemplate, load_template
+from ernie45.tokenizer.vocabulary import Tokenizer, load_tokenizer
+
+__all__ = [
+    "ERNIE45_TEMPLATE",
+    "ChatTemplate",
+    "TextAssembler",
+    "Tokenizer",
+    "load_template",
+    "load_tokenizer",
+]

@@ -1,0 +1,16 @@
+"""A prompt as the model receives it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """Rendered text and its token ids, exactly as sent. `text` is "" where ids were given instead of text."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.token_ids)

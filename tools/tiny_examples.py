@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
+from tiny_tokenizer import TinyTokenizer
+
 from ernie45.testing.task_facts import CAPITALS, OPPOSITES, SYMBOLS
 from ernie45.testing.task_items import NOTED, NOTED_ZH
 from ernie45.testing.tasks import Task, tasks
-from tiny_tokenizer import TinyTokenizer
 
 EXAMPLES_PER_STEP: Final = 80
 COPY_GROWTH_SHARE: Final = 0.3
@@ -19,7 +20,12 @@ EARLIER_TURN_SHARE: Final = 0.08
 SYSTEM_SHARE: Final = 0.04
 NUM_COMPLETIONS: Final = 3
 COMPLETION: Final = "completion"
-SYSTEM_TEXTS: Final = ("You are a helpful assistant.", "Answer briefly.", "Be precise.", "你是一个有用的助手。")
+SYSTEM_TEXTS: Final = (
+    "You are a helpful assistant.",
+    "Answer briefly.",
+    "Be precise.",
+    "你是一个有用的助手。",
+)
 FACT_COMPLETIONS: Final = (
     (CAPITALS, "The capital of {} is", "{}的首都是"),
     (OPPOSITES, "The opposite of {} is", "{}的反义词是"),
@@ -60,9 +66,7 @@ def encode_task(tokenizer: TinyTokenizer, name: str, task: Task) -> Example:
     return Example(task_name=name, ids=prompt + answer, num_prompt=len(prompt))
 
 
-def draw_examples(
-    tokenizer: TinyTokenizer, weights: Mapping[str, float], seed: int, progress: float
-) -> list[Example]:
+def draw_examples(tokenizer: TinyTokenizer, weights: Mapping[str, float], seed: int, progress: float) -> list[Example]:
     """One step's training examples; `progress` from 0 to 1 through the run lengthens the copied sentences."""
     rng = random.Random(seed)
     names = rng.choices(list(weights), list(weights.values()), k=EXAMPLES_PER_STEP - NUM_COMPLETIONS)
@@ -84,7 +88,7 @@ def draw_examples(
 
 
 def _vary(rng: random.Random, task: Task, earlier: Task) -> Task:
-    """Now and then: stop a conversation at its acknowledgement, or put an earlier turn or a system text before it."""
+    """Now and then stop at an acknowledgement, or put an earlier turn or a system text first."""
     first = task.messages[0]
     acknowledged = len(task.messages) > 1 and task.messages[1]["content"] in (NOTED, NOTED_ZH)
     if acknowledged and rng.random() < ACKNOWLEDGE_SHARE:

@@ -14,7 +14,7 @@ MOMENTUM: Final = 0.95
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """The nearest orthogonal matrix, roughly, by five quintic Newton-Schulz steps (Jordan et al., Muon, 2024)."""
+    """Roughly the nearest orthogonal matrix: five quintic Newton-Schulz steps (Jordan et al., Muon, 2024)."""
     wide = matrix.bfloat16() if matrix.shape[0] <= matrix.shape[1] else matrix.bfloat16().T
     wide = wide / (wide.norm() + 1e-7)
     for _ in range(5):
@@ -64,7 +64,8 @@ class TinyOptimizer:
         """Take back what `state` gave."""
         momenta = state["momenta"]
         adamw = state["adamw"]
-        assert isinstance(momenta, list) and isinstance(adamw, dict)
+        assert isinstance(momenta, list)
+        assert isinstance(adamw, dict)
         self.momenta = momenta
         self.adamw.load_state_dict(adamw)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 import sentencepiece
+
 from ernie45.testing import task_facts, task_words
 from ernie45.testing.task_items import CHINESE_DIGITS
 from ernie45.testing.tasks import Task, task_names, tasks
@@ -57,8 +58,8 @@ FAMILY_TEXTS: Final = (
 def corpus_lines(model_name: str) -> Iterator[str]:
     """Training text, cut so that the pieces stay easy to copy.
 
-    A cut before each capital keeps the space out of names, so that a name is the same piece after a space and after a
-    quote. Chinese numerals and words in capitals are left out, so that they stay single characters.
+    A cut before each capital keeps the space out of names, so that a name is the same pieces after a space
+    and after a quote. Chinese numerals and words in capitals are left out, to stay single characters.
     """
     for name in task_names(model_name):
         if name in ("reverse", "numerals"):

@@ -1,4 +1,4 @@
-"""The training loop of the tiny models: batches of tasks, loss on answers, a mix that follows what is still weak."""
+"""The training loop of the tiny models: loss on answers only, a mix that follows what is still weak."""
 
 from __future__ import annotations
 
@@ -10,12 +10,21 @@ from typing import Final
 
 import torch
 import torch.distributed as dist
-from ernie45.testing.tasks import tasks
-from tiny_examples import COMPLETION, EXAMPLES_PER_STEP, PRIORS, Example, draw_examples, encode_task, task_weights
+from tiny_examples import (
+    COMPLETION,
+    EXAMPLES_PER_STEP,
+    PRIORS,
+    Example,
+    draw_examples,
+    encode_task,
+    task_weights,
+)
 from tiny_optimizer import TinyOptimizer, sum_over_processes
 from tiny_tokenizer import TinyTokenizer
 from torch import Tensor, nn
 from torch.nn import functional
+
+from ernie45.testing.tasks import tasks
 
 PADDED_TOKENS_PER_PASS: Final = 1536
 WARMUP_STEPS: Final = 50
@@ -28,7 +37,7 @@ Log = Callable[[str], None]
 class Pass:
     """Examples of like length in one padded batch: `ids` [B, T], and where answers are predicted.
 
-    `rows` and `columns` [N] index the hidden states that predict `targets` [N]; `weights` [N] are loss weights.
+    `rows` and `columns` [N] index the hidden states that predict `targets` [N]; `weights` [N] weigh the loss.
     """
 
     task_names: list[str]
@@ -183,9 +192,7 @@ class Trainer:
     def evaluate(self, loss: float) -> None:
         """Measure on unseen items and keep a row of the training log."""
         accuracy = measure(self.model, self.tokenizer, 100, seed=self.step)
-        row = LogRow(
-            step=self.step, tokens=self.num_tokens, seconds=self.seconds, loss=loss, accuracy=accuracy
-        )
+        row = LogRow(step=self.step, tokens=self.num_tokens, seconds=self.seconds, loss=loss, accuracy=accuracy)
         self.history.append(row)
         shown = " ".join(f"{name} {share:.2f}" for name, share in accuracy.items())
         self.log(f"== step {self.step} unseen: {shown} mean {sum(accuracy.values()) / len(accuracy):.3f}")

@@ -2,7 +2,7 @@
 
     python tools/train_tiny.py --steps 5000 --checkpoint build/tiny-dense.pt
 
-The run is repeatable: tasks, weights and batches follow from `--seed`, the number of steps and the number of processes.
+The run is repeatable: tasks, weights and batches follow from `--seed`, the number of steps and of processes.
 With `--checkpoint` a stopped run continues where it was when the same command is given again.
 """
 
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from tiny_card import evaluate_folder, write_card
-from tiny_tokenizer import BEGIN, EOS, TinyTokenizer, train_sentencepiece
+from tiny_tokenizer import TinyTokenizer, train_sentencepiece
 from tiny_training import Trainer
 from transformers import Ernie4_5Config, Ernie4_5ForCausalLM, GenerationConfig
 
@@ -107,15 +107,19 @@ def read_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, required=True, help="length of the whole schedule")
-    parser.add_argument("--stop-at", type=int, help="stop after this step of the schedule (a trial; writes no folder)")
+    parser.add_argument("--stop-at", type=int, help="stop after this step (a trial: writes no folder)")
     parser.add_argument("--seed", type=int, default=45)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--evaluate-every", type=int, default=250, help="steps between evaluations and checkpoints")
-    parser.add_argument("--test-items", type=int, default=200, help="unseen items per task in the final evaluation")
+    parser.add_argument(
+        "--evaluate-every", type=int, default=250, help="steps from one evaluation and checkpoint to the next"
+    )
+    parser.add_argument("--test-items", type=int, default=200, help="unseen items per task at the end")
     parser.add_argument("--checkpoint", type=Path, help="file that keeps the state of the run")
     parser.add_argument("--output", type=Path, default=FOLDER)
     options = parser.parse_args()
-    options.command = f"python tools/train_tiny.py --steps {options.steps} --seed {options.seed} --processes {options.processes}"
+    options.command = (
+        f"python tools/train_tiny.py --steps {options.steps} --seed {options.seed} --processes {options.processes}"
+    )
     return options
 
 

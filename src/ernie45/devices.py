@@ -12,7 +12,7 @@ _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16"
 
 
 def choose_device(name: str) -> torch.device:
-    """"auto" takes the first of CUDA, MPS and CPU that is there; other names are torch's ("cpu", "cuda:1", "mps").
+    """ "auto" takes the first of CUDA, MPS and CPU that is there; other names are torch's ("cpu", "cuda:1", "mps").
 
     Raises:
         UnsupportedError: no such device here.
@@ -36,7 +36,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, *, checkpoint: DtypeName, device: torch.device) -> torch.dtype:
-    """"auto" is the checkpoint's dtype, or float32 where the device has no fast arithmetic in it.
+    """ "auto" is the checkpoint's dtype, or float32 where the device has no fast arithmetic in it.
 
     Raises:
         UnsupportedError: an unknown dtype name.

@@ -1,20 +1,20 @@
 """Every error ernie45 raises on purpose. A traceback of any other class is a bug in ernie45.
 
-    ErnieError
-    ├── InvalidRequestError        a call was given something it cannot use (also a ValueError)
-    │   ├── ContextLengthError     prompt + reply do not fit the context
-    │   └── TemplateError          a chat template failed, refused the messages, or ran too long
-    ├── CheckpointError            a checkpoint cannot be loaded
-    │   ├── ModelNotFoundError     no such folder, built-in model or Hub repository
-    │   ├── AccessDeniedError      the Hub wants a (different) token
-    │   ├── HubUnreachableError    the Hub does not answer, or is not to be asked
-    │   ├── ConfigError            config.json cannot be read, or asks for what we do not compute
-    │   ├── CorruptFileError       a weight file is cut short or not what it says
-    │   ├── TensorError            a tensor or shard is missing, unexpected, or of another shape
-    │   └── TokenizerError         tokenizer files are missing or broken
-    ├── OutOfMemoryError           what was asked for does not fit the memory there is
-    ├── UnsupportedError           a device, dtype or option this machine or version cannot serve
-    └── ModelClosedError           the model was used after close()
+ErnieError
+├── InvalidRequestError        a call was given something it cannot use (also a ValueError)
+│   ├── ContextLengthError     prompt + reply do not fit the context
+│   └── TemplateError          a chat template failed, refused the messages, or ran too long
+├── CheckpointError            a checkpoint cannot be loaded
+│   ├── ModelNotFoundError     no such folder, built-in model or Hub repository
+│   ├── AccessDeniedError      the Hub wants a (different) token
+│   ├── HubUnreachableError    the Hub does not answer, or is not to be asked
+│   ├── ConfigError            config.json cannot be read, or asks for what we do not compute
+│   ├── CorruptFileError       a weight file is cut short or not what it says
+│   ├── TensorError            a tensor or shard is missing, unexpected, or of another shape
+│   └── TokenizerError         tokenizer files are missing or broken
+├── OutOfMemoryError           what was asked for does not fit the memory there is
+├── UnsupportedError           a device, dtype or option this machine or version cannot serve
+└── ModelClosedError           the model was used after close()
 """
 
 from __future__ import annotations

@@ -175,9 +175,7 @@ def _text_side(folder: Path, spec: ModelSpec) -> tuple[Tokenizer | None, ChatTem
     return tokenizer, load_template(folder)
 
 
-def _stop_token_ids(
-    spec: ModelSpec, defaults: GenerationDefaults, tokenizer: Tokenizer | None
-) -> frozenset[int]:
+def _stop_token_ids(spec: ModelSpec, defaults: GenerationDefaults, tokenizer: Tokenizer | None) -> frozenset[int]:
     """Replies end with `</s>`; `<|end_of_sentence|>`, which closes turns in a history, ends them as well."""
     named = [tokenizer.token_id(token) for token in _END_TOKENS] if tokenizer is not None else []
     return frozenset((*spec.eos_token_ids, *defaults.eos_token_ids, *(i for i in named if i is not None)))

@@ -76,7 +76,7 @@ class ErnieModel:
         Args:
             quantization: "auto" and "none" keep the checkpoint's precision; other presets come later.
             device: "auto", "cpu", "cuda", "cuda:1" or "mps".
-            dtype: "auto" is the checkpoint's (float32 where the CPU has no bf16), or "float32", "bfloat16", "float16".
+            dtype: "auto" is the checkpoint's (float32 where the CPU has no bf16); "float32", "bfloat16" or "float16".
             memory: limit for weights and KV cache, "12GiB" for the host or {"cuda:0": "20GiB"}; None takes what is free.
             context_tokens: longest prompt + reply in tokens; None is 8192, the model's maximum or what fits.
             max_batch: how many requests run at a time, others wait; None is 32 or what fits.
@@ -195,7 +195,10 @@ class ErnieModel:
             OutOfMemoryError: the result would not fit, with both numbers.
         """
         return prompt_logits(
-            self._loaded.runner, self._fitting(self._prompter.from_prompt(prompt)), positions, self.spec.vocab_size
+            self._loaded.runner,
+            self._fitting(self._prompter.from_prompt(prompt)),
+            positions,
+            self.spec.vocab_size,
         )
 
     def score(self, text: PromptLike) -> Score:
@@ -248,7 +251,9 @@ class ErnieModel:
     def __repr__(self) -> str:
         report = self._loaded.report
         state = "" if self._close.alive else ", closed"
-        return f"<ErnieModel {self.name!r}: {report.weight_bytes / 1e6:,.1f} MB, {report.dtype} on {report.device}{state}>"
+        return (
+            f"<ErnieModel {self.name!r}: {report.weight_bytes / 1e6:,.1f} MB, {report.dtype} on {report.device}{state}>"
+        )
 
     # Requests
 
@@ -272,9 +277,7 @@ class ErnieModel:
     def _replies(self, pairs: Sequence[tuple[Prompt, Mapping[str, Any]]]) -> list[Reply]:
         """Start all, after every prompt and option was checked."""
         requests = [self._request(prompt, options) for prompt, options in pairs]
-        return [
-            self._started(request, options) for request, (_, options) in zip(requests, pairs, strict=True)
-        ]
+        return [self._started(request, options) for request, (_, options) in zip(requests, pairs, strict=True)]
 
     def _reply(self, prompt: Prompt, options: SamplingOptions) -> Reply:
         return self._replies([(prompt, {**options})])[0]
@@ -348,7 +351,9 @@ def _stop_texts(options: Mapping[str, Any]) -> tuple[str, ...]:
     stop = options.get("stop")
     texts = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if not all(isinstance(text, str) and text for text in texts):
-        raise InvalidRequestError(f"stop must be text or a list of texts, none empty, not {stop!r}", hint='e.g. stop="\\n"')
+        raise InvalidRequestError(
+            f"stop must be text or a list of texts, none empty, not {stop!r}", hint='e.g. stop="\\n"'
+        )
     return texts
 
 

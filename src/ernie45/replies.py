@@ -25,7 +25,9 @@ class Reply:
     since the engine knows ids only.
     """
 
-    def __init__(self, handle: Handle, *, prompt_tokens: int, assembler: TextAssembler | None, with_logprobs: bool) -> None:
+    def __init__(
+        self, handle: Handle, *, prompt_tokens: int, assembler: TextAssembler | None, with_logprobs: bool
+    ) -> None:
         self.handle = handle
         self.finished = False
         self._prompt_tokens = prompt_tokens

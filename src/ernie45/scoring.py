@@ -29,7 +29,7 @@ def prompt_logits(runner: Runner, prompt: Prompt, positions: Sequence[int] | Non
     needed, free = len(asked) * vocab_size * 4, free_bytes(torch.device("cpu"))
     if needed > free:
         raise OutOfMemoryError(
-            f"{len(asked)} rows of {vocab_size} logits take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free",
+            f"{len(asked)} rows of {vocab_size} logits take {needed / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free",
             hint="ask for fewer positions=",
         )
     if not ascending:
@@ -53,7 +53,8 @@ def prompt_score(runner: Runner, prompt: Prompt) -> Score:
     """
     if len(prompt) < 2:
         raise InvalidRequestError(
-            f"a score needs at least two tokens, not {len(prompt)}", hint="the first token has nothing before it"
+            f"a score needs at least two tokens, not {len(prompt)}",
+            hint="the first token has nothing before it",
         )
     following = torch.tensor(prompt.token_ids[1:])
     logprobs: list[float] = []
@@ -88,6 +89,7 @@ def _scoring_chunks(runner: Runner, prompt: Prompt, positions: Sequence[int]) ->
 def _position(position: int, num_tokens: int) -> int:
     if not isinstance(position, int) or not -num_tokens <= position < num_tokens:
         raise InvalidRequestError(
-            f"position {position!r} is outside the prompt of {num_tokens} tokens", hint="positions count from 0"
+            f"position {position!r} is outside the prompt of {num_tokens} tokens",
+            hint="positions count from 0",
         )
     return position % num_tokens

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ernie45.errors import ConfigError
+from ernie45.errors import ConfigError, InvalidRequestError
+from ernie45.types.requests import Sampling
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 DTYPE_NAMES: tuple[DtypeName, ...] = ("float32", "bfloat16", "float16")
@@ -41,12 +42,12 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 
 # Bookkeeping and training settings: no value of theirs touches inference.
 _WITHOUT_EFFECT = {
-    "architectures", "auto_map", "transformers_version", "_name_or_path", "paddleformers_version", "source", "use_cache",
-    "initializer_range", "attention_probs_dropout_prob", "hidden_dropout_prob", "attention_dropout", "ignored_index",
-    "weight_share_add_bias", "fuse_linear", "fuse_ln", "fuse_rms_norm", "fuse_rope", "fuse_swiglu", "token_balance_loss",
-    "token_balance_seqlen", "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward",
-    "id2label", "label2id", "problem_type", "is_decoder", "pruned_heads", "task_specific_params", "tokenizer_class",
-    "prefix", "sep_token_id", "cls_token_id", "use_flash_attention",
+    "architectures", "auto_map", "transformers_version", "_name_or_path", "paddleformers_version", "source",
+    "use_cache", "initializer_range", "attention_probs_dropout_prob", "hidden_dropout_prob", "attention_dropout",
+    "ignored_index", "weight_share_add_bias", "fuse_linear", "fuse_ln", "fuse_rms_norm", "fuse_rope", "fuse_swiglu",
+    "token_balance_loss", "token_balance_seqlen", "return_dict", "output_attentions", "output_hidden_states",
+    "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "is_decoder", "pruned_heads",
+    "task_specific_params", "tokenizer_class", "prefix", "sep_token_id", "cls_token_id", "use_flash_attention",
 }  # fmt: skip
 
 _MODEL_TYPES_TO_COME = ("ernie4_5_moe", "ernie4_5_moe_vl", "ernie4_5_vl_moe")
@@ -143,17 +144,22 @@ class GenerationDefaults:
 
 
 def parse_generation_defaults(config: Mapping[str, Any]) -> GenerationDefaults:
-    """Read generation_config.json. `do_sample: false` means greedy, whatever temperature stands beside it."""
+    """Read generation_config.json. `do_sample: false` means greedy, whatever temperature stands beside it.
+
+    Raises:
+        ConfigError: a value that no call could use.
+    """
     names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-    numbers = {name: _number(config, name) for name in names if config.get(name) is not None}
+    values: dict[str, Any] = {name: config[name] for name in (*names, "top_k") if config.get(name) is not None}
     if config.get("do_sample") is False:
-        numbers["temperature"] = 0.0
-    top_k = config.get("top_k")
-    return GenerationDefaults(
-        **numbers,
-        top_k=top_k if isinstance(top_k, int) and top_k > 0 else 0,
-        eos_token_ids=_token_ids(config, "eos_token_id"),
-    )
+        values["temperature"] = 0.0
+    if values.get("top_k") == -1:  # some writers' way to say that every token is kept
+        values["top_k"] = 0
+    try:
+        Sampling(**values)
+    except InvalidRequestError as error:
+        raise ConfigError(f"generation_config.json: {error.message}", hint=error.hint) from error
+    return GenerationDefaults(**values, eos_token_ids=_token_ids(config, "eos_token_id"))
 
 
 def _unknown_model_type(model_type: object) -> ConfigError:
@@ -241,7 +247,9 @@ def _token_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
     value = config.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-        raise ConfigError(f"{key} is {value!r} in the checkpoint's config", hint="it must be a token id or a list of them")
+        raise ConfigError(
+            f"{key} is {value!r} in the checkpoint's config", hint="it must be a token id or a list of them"
+        )
     return tuple(ids)
 
 

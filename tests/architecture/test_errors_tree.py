@@ -11,11 +11,7 @@ import pytest
 import ernie45
 from ernie45 import errors
 
-CLASSES = [
-    value
-    for value in vars(errors).values()
-    if inspect.isclass(value) and issubclass(value, errors.ErnieError)
-]
+CLASSES = [value for value in vars(errors).values() if inspect.isclass(value) and issubclass(value, errors.ErnieError)]
 
 
 def test_the_drawing_has_every_class_under_its_base() -> None:

@@ -78,7 +78,11 @@ def test_built_in_names_resolve_to_the_packaged_folder(
 
 @pytest.mark.parametrize(
     ("name", "suggestion"),
-    [("tiny-dens", "ernie45/tiny-dense"), ("ERNIE-4.5-0.3B", "baidu/ERNIE-4.5-0.3B-PT"), ("gpt2", "org/name")],
+    [
+        ("tiny-dens", "ernie45/tiny-dense"),
+        ("ERNIE-4.5-0.3B", "baidu/ERNIE-4.5-0.3B-PT"),
+        ("gpt2", "org/name"),
+    ],
 )
 def test_an_unknown_short_name_gets_a_suggestion(folder: Path, name: str, suggestion: str) -> None:
     with pytest.raises(ModelNotFoundError, match=repr(name)) as caught:

@@ -66,7 +66,9 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     reference = random_reference(len(request.param), **SHAPES[request.param])
     folder: Path = tmp_path_factory.mktemp("dense")
     reference.save_pretrained(folder, max_shard_size="40KB" if "untied" in request.param else "5GB")
-    with ErnieModel.from_pretrained(folder, dtype="float32", device="cpu", context_tokens=2048, progress=False) as model:
+    with ErnieModel.from_pretrained(
+        folder, dtype="float32", device="cpu", context_tokens=2048, progress=False
+    ) as model:
         yield reference, model
 
 
@@ -87,7 +89,7 @@ def test_logits(pair: tuple[Any, ErnieModel], num_tokens: int) -> None:
 def test_greedy_ids_alone_and_in_a_ragged_batch(pair: tuple[Any, ErnieModel]) -> None:
     reference, model = pair
     prompts = [some_ids(n, seed=n) for n in (1, 2, 5, 17, 40)]
-    forbid = {i: -100.0 for i in range(NUM_TOKEN_IDS, VOCAB_SIZE)}
+    forbid = dict.fromkeys(range(NUM_TOKEN_IDS, VOCAB_SIZE), -100.0)
     options = {"temperature": 0.0, "max_new_tokens": 32, "ignore_eos": True, "logit_bias": forbid}
     expected = [
         reference.generate(

@@ -13,7 +13,7 @@ from ernie45.spec import ModelSpec
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVCache:
-    """Keys and values of every slot, one tensor [slots, Hkv, context, D] a layer. The engine owns it and lends slots."""
+    """Keys and values of every slot, a tensor [slots, Hkv, context, D] per layer. The engine owns it, lending slots."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]

@@ -89,7 +89,7 @@ class Decoder:
     rotary: RotaryTable
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Run the batch's tokens through every layer, filling its KV slots -> float32 logits [M, V] of the wanted ones."""
+        """Run the batch through every layer, filling its KV slots -> float32 logits [M, V] of the wanted tokens."""
         x = self.embedding[batch.token_ids]
         cos, sin = self.rotary.at(batch.positions)
         for index, layer in enumerate(self.layers):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ernie45.backends.base import Batch, Step
 from ernie45.backends.decoder import Attention, Decoder, DecoderLayer, DenseMLP, Norm
-from ernie45.kernels.linear import Linear
+from ernie45.kernels.linear import Linear, packs
 from ernie45.kernels.ops import RotaryTable
 from ernie45.spec import ModelSpec
 
@@ -50,6 +50,9 @@ def build_dense(
 class _Builder:
     def __init__(self, spec: ModelSpec, source: TensorSource, dtype: torch.dtype, device: torch.device) -> None:
         self.spec, self.source, self.dtype, self.device = spec, source, dtype, device
+        # Weights that get packed are read into one buffer, over and over: a fresh one each time would leave holes in
+        # the heap, a tenth of the model in all.
+        self._staging = self.empty((0,)) if packs(dtype, device) else None
 
     def decoder(self, context_tokens: int) -> Decoder:
         spec = self.spec
@@ -61,7 +64,10 @@ class _Builder:
             norm=self.norm("model.norm.weight"),
             head=self.head(embedding),
             rotary=RotaryTable(
-                head_dim=spec.head_dim, theta=spec.rope_theta, context_tokens=context_tokens, device=self.device
+                head_dim=spec.head_dim,
+                theta=spec.rope_theta,
+                context_tokens=context_tokens,
+                device=self.device,
             ),
         )
 
@@ -74,7 +80,11 @@ class _Builder:
             attention=Attention(
                 qkv=self.linear(
                     spec.hidden_size,
-                    {attention + "q_proj": query_size, attention + "k_proj": kv_size, attention + "v_proj": kv_size},
+                    {
+                        attention + "q_proj": query_size,
+                        attention + "k_proj": kv_size,
+                        attention + "v_proj": kv_size,
+                    },
                 ),
                 out=self.linear(query_size, {attention + "o_proj": spec.hidden_size}),
                 num_heads=spec.num_heads,
@@ -92,9 +102,9 @@ class _Builder:
         )
 
     def linear(self, in_features: int, parts: dict[str, int]) -> Linear:
-        """One matrix out of several stored ones, `parts` their names (without ".weight") and output widths, in order."""
+        """One matrix out of several stored ones: `parts` are their names (without ".weight") and output widths."""
         out_features = sum(parts.values())
-        weight = self.empty((out_features, in_features))
+        weight = self.unpacked(out_features, in_features)
         bias = self.empty((out_features,)) if self.spec.use_bias else None
         first = 0
         for name, width in parts.items():
@@ -121,6 +131,15 @@ class _Builder:
         out = self.empty(shape)
         self.source.read_into(name, out)
         return out
+
+    def unpacked(self, out_features: int, in_features: int) -> Tensor:
+        """Room for a weight that is about to become a Linear."""
+        num_values = out_features * in_features
+        if self._staging is None:
+            return self.empty((out_features, in_features))
+        if self._staging.numel() < num_values:
+            self._staging = self.empty((num_values,))
+        return self._staging[:num_values].view(out_features, in_features)
 
     def empty(self, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -15,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[att
 from huggingface_hub.utils import hf_raise_for_status, http_stream_backoff  # type: ignore[attr-defined]
 
 from ernie45.checkpoint.progress import Advance
-from ernie45.errors import CorruptFileError
+from ernie45.errors import CorruptFileError, HubUnreachableError
 
 MAX_FRUITLESS_TRIES: Final = 5
 RETRY_SECONDS: Final = 1.0
@@ -43,7 +42,8 @@ def download(blob: Blob, headers: dict[str, str], advance: Advance, stopping: th
     """Fetch a blob to its path, going on where `blob.partial` ends; `advance` hears of old bytes too.
 
     Connections that break are taken up again while bytes keep coming. Returns early once `stopping` is set.
-    Raises huggingface_hub's errors, and CorruptFileError when the content is not what its name promises.
+    Raises huggingface_hub's errors, HubUnreachableError when no bytes come, and CorruptFileError when the
+    content is not what its name promises.
     """
     with blob.partial.open("ab") as file:
         if file.tell() > blob.num_bytes:
@@ -52,15 +52,19 @@ def download(blob: Blob, headers: dict[str, str], advance: Advance, stopping: th
         fruitless_tries = 0
         while file.tell() < blob.num_bytes and not stopping.is_set():
             start = file.tell()
+            failure: Exception = HubUnreachableError(
+                f"{blob.url} ends after {start} of {blob.num_bytes} bytes", hint="try again later"
+            )
             try:
                 _append_rest(blob.url, file, headers, advance, stopping)
             except HfHubHTTPError:
                 raise  # an answer that says no, where asking again is in vain
-            except HTTPError:
-                fruitless_tries = 0 if file.tell() > start else fruitless_tries + 1
-                if fruitless_tries == MAX_FRUITLESS_TRIES:
-                    raise
-                time.sleep(RETRY_SECONDS)
+            except HTTPError as error:
+                failure = error
+                stopping.wait(RETRY_SECONDS)
+            fruitless_tries = 0 if file.tell() > start else fruitless_tries + 1
+            if fruitless_tries == MAX_FRUITLESS_TRIES:
+                raise failure
     if stopping.is_set():
         return
     _check_content(blob)
@@ -102,6 +106,6 @@ def _check_content(blob: Blob) -> None:
     if num_bytes != blob.num_bytes or sha256 not in (None, digest.hexdigest()):
         blob.partial.unlink()
         raise CorruptFileError(
-            f"{blob.url} arrived damaged: {num_bytes} of {blob.num_bytes} bytes, with another SHA-256",
+            f"{blob.url} arrived damaged: {num_bytes} of {blob.num_bytes} bytes, SHA-256 {digest.hexdigest()}",
             hint="load the model again to fetch this file anew",
         )

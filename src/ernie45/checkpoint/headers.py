@@ -112,20 +112,14 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise ConfigError(
-            f"{path.parent} has no {path.name}", hint="give a complete checkpoint folder"
-        ) from None
+        raise ConfigError(f"{path.parent} has no {path.name}", hint="give a complete checkpoint folder") from None
     except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}: {error.strerror}", hint="check the file's permissions"
-        ) from error
+        raise ConfigError(f"cannot read {path}: {error.strerror}", hint="check the file's permissions") from error
     return _parse_json_object(content, path, ConfigError)
 
 
 def _build_index(folder: Path, tensors: dict[str, TensorInfo], metadata: dict[str, str]) -> CheckpointIndex:
-    return CheckpointIndex(
-        folder=folder, tensors=MappingProxyType(tensors), metadata=MappingProxyType(metadata)
-    )
+    return CheckpointIndex(folder=folder, tensors=MappingProxyType(tensors), metadata=MappingProxyType(metadata))
 
 
 def _no_weights(folder: Path) -> CheckpointError:
@@ -145,15 +139,11 @@ def _no_weights(folder: Path) -> CheckpointError:
     return CheckpointError(f"{folder} holds no {SINGLE_FILE}", hint="give a folder with safetensors weights")
 
 
-def _check_against_index(
-    shard: str, tensors: Mapping[str, TensorInfo], weight_map: Mapping[str, str]
-) -> None:
+def _check_against_index(shard: str, tensors: Mapping[str, TensorInfo], weight_map: Mapping[str, str]) -> None:
     promised = {name for name, file in weight_map.items() if file == shard}
     lacking = sorted(promised - tensors.keys())
     if lacking:
-        raise TensorError(
-            f"{shard} lacks tensors that the index promises: {_listing(lacking)}", hint=_FETCH_AGAIN
-        )
+        raise TensorError(f"{shard} lacks tensors that the index promises: {_listing(lacking)}", hint=_FETCH_AGAIN)
     unlisted = sorted(tensors.keys() - promised)
     if unlisted:
         raise TensorError(
@@ -206,9 +196,7 @@ def _parse_entry(path: Path, name: str, entry: object, data_start: int) -> Tenso
             f"{begin} to {end} give it {end - begin}",
             hint=_FETCH_AGAIN,
         )
-    return TensorInfo(
-        name=name, file=path, dtype=dtype, shape=tuple(shape), start=data_start + begin, num_bytes=needed
-    )
+    return TensorInfo(name=name, file=path, dtype=dtype, shape=tuple(shape), start=data_start + begin, num_bytes=needed)
 
 
 def _check_coverage(path: Path, tensors: list[TensorInfo], data_start: int, file_bytes: int) -> None:
@@ -228,9 +216,7 @@ def _check_coverage(path: Path, tensors: list[TensorInfo], data_start: int, file
 
 def _check_length(path: Path, *, expected: int, actual: int) -> None:
     if actual < expected:
-        raise CorruptFileError(
-            f"{path} is cut short: expected {expected} bytes, it has {actual}", hint=_FETCH_AGAIN
-        )
+        raise CorruptFileError(f"{path} is cut short: expected {expected} bytes, it has {actual}", hint=_FETCH_AGAIN)
 
 
 def _is_counts(value: object) -> bool:

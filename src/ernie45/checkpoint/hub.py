@@ -107,10 +107,7 @@ class _Weights:
             self._check_disk_space(to_fetch)
             total_bytes = sum(blob.num_bytes for blob in to_fetch)
             with byte_progress(f"Downloading {self.repo_id}", total_bytes, show=progress) as advance:
-                futures = [
-                    pool.submit(self._fetch_file, name, blob, advance, stopping)
-                    for name, blob in blobs.items()
-                ]
+                futures = [pool.submit(self._fetch_file, name, blob, advance, stopping) for name, blob in blobs.items()]
                 try:
                     for future in as_completed(futures):
                         future.result()
@@ -146,6 +143,8 @@ class _Weights:
             with WeakFileLock(lock):
                 if not blob.path.exists():
                     download(blob, build_hf_headers(token=self.token), advance, stopping)
+        if stopping.is_set():
+            return
         # Links the blob into the snapshot.
         hf_hub_download(
             self.repo_id,

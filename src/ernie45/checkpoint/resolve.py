@@ -69,6 +69,4 @@ def _existing_folder(path: Path) -> Path:
         return path
     if path.exists():
         raise ModelNotFoundError(f"{path} is a file, not a folder", hint=f"give its folder: {path.parent}")
-    raise ModelNotFoundError(
-        f"there is no folder {path}", hint='check the spelling; a Hub id reads "org/name"'
-    )
+    raise ModelNotFoundError(f"there is no folder {path}", hint='check the spelling; a Hub id reads "org/name"')

@@ -1,1 +1,1 @@
-"""Runs requests on a backend: who gets a KV slot, what is computed in the next step, where each token goes. Ids only, never text."""
+"""Runs requests on a backend: who gets a KV slot, what the next step computes, where tokens go. Ids, never text."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from ernie45.backends.base import Backend, Batch, KVCache, Row
 from ernie45.engine.sequence import Sequence
 from ernie45.engine.stream import TokenStream
 from ernie45.errors import ModelClosedError
-from ernie45.sampling import build_sampler
+from ernie45.sampling import Drawn, build_sampler, greedy_tokens
 from ernie45.types.requests import TokenRequest
 
 # Prompts are run in chunks whose edges are multiples of this, whatever else is running, so that a prompt's numbers
@@ -63,14 +64,14 @@ class Engine:
         """Queue a request. Raises ModelClosedError after close()."""
         capacity = _STREAM_CAPACITY if request.logit_positions is None else _SCORING_CAPACITY
         stream = TokenStream(capacity=capacity, wake_producer=self._wake)
-        draw = build_sampler(
+        sampler = build_sampler(
             request.sampling,
             num_token_ids=self._num_token_ids,
             vocab_size=self._vocab_size,
             prompt_ids=request.token_ids,
             device=self._device,
         )
-        sequence = Sequence(request, stream, draw)
+        sequence = Sequence(request, stream, sampler)
         with self._changed:
             if self._closed:
                 raise _closed_error()
@@ -89,17 +90,26 @@ class Engine:
     # Everything below runs on the engine's thread.
 
     def _run(self) -> None:
-        with torch.inference_mode():
-            while self._wait_for_work():
-                self._drop_cancelled()
-                self._admit()
-                self._prefill()
-                self._decode()
-        for sequence in (*self._active, *self._waiting):
-            sequence.fail(_closed_error())
-        self._active.clear()
-        self._waiting.clear()
-        del self._backend, self._cache
+        failure: BaseException = _closed_error()
+        try:
+            with torch.inference_mode():
+                while self._wait_for_work():
+                    self._drop_cancelled()
+                    self._admit()
+                    self._prefill()
+                    self._decode()
+        except BaseException as bug:  # no reader may wait for a thread that is gone
+            failure = bug
+            raise
+        finally:
+            with self._changed:
+                self._closed = True
+                unfinished = [*self._active, *self._waiting]
+            for sequence in unfinished:
+                sequence.fail(failure)
+            self._active.clear()
+            self._waiting.clear()
+            del self._backend, self._cache
 
     def _wake(self) -> None:
         with self._changed:
@@ -139,11 +149,12 @@ class Engine:
         """Run prompt chunks, oldest request first, until this turn's share of prompt tokens is used up."""
         budget = PREFILL_CHUNK_TOKENS
         for sequence in [s for s in self._active if s.in_prefill and s.stream.has_room]:
-            while sequence.in_prefill and budget > 0 and sequence.stream.has_room:
+            while budget > 0 and sequence.in_prefill and sequence.stream.has_room:
                 edge = (sequence.num_cached // PREFILL_CHUNK_TOKENS + 1) * PREFILL_CHUNK_TOKENS
                 end = min(edge, sequence.num_prompt_tokens)
                 budget -= end - sequence.num_cached
-                self._guarded([sequence], lambda s=sequence, e=end: self._prefill_chunk(s, e))
+                with self._guard([sequence]):
+                    self._prefill_chunk(sequence, end)
             if budget <= 0:
                 return
 
@@ -157,22 +168,32 @@ class Engine:
         if sequence.is_scoring:
             sequence.score(logits)
         elif not sequence.in_prefill:
-            sequence.accept(sequence.draw(logits[0]))
+            sequence.accept(sequence.sampler(logits[0]))
 
     def _decode(self) -> None:
         """One token for every running row whose reader keeps up."""
         rows = [s for s in self._active if not s.in_prefill and s.stream.has_room]
         if rows:
-            self._guarded(rows, lambda: self._decode_rows(rows))
+            with self._guard(rows):
+                self._decode_rows(rows)
 
     def _decode_rows(self, rows: list[Sequence]) -> None:
         logits = self._forward([(sequence, 1) for sequence in rows], list(range(len(rows))))
+        if all(sequence.sampler.is_plain_greedy for sequence in rows):
+            # One pass over all rows: half the time of one after the other.
+            for sequence, token_id in zip(rows, greedy_tokens(logits, self._num_token_ids), strict=True):
+                sequence.accept(Drawn(token_id=token_id))
+            return
         for sequence, row in zip(rows, logits, strict=True):
-            self._guarded([sequence], lambda s=sequence, r=row: s.accept(s.draw(r)))
+            with self._guard([sequence]):
+                sequence.accept(sequence.sampler(row))
 
     def _forward(self, parts: list[tuple[Sequence, int]], wanted: list[int]) -> Tensor:
         """Run each sequence's next `count` tokens in one batch -> logits [len(wanted), V]."""
-        rows, token_ids, positions, slots = [], [], [], []
+        rows: list[Row] = []
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
         for sequence, count in parts:
             assert sequence.slot is not None
             start = sequence.num_cached
@@ -197,11 +218,12 @@ class Engine:
     def _ids(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
-    def _guarded(self, sequences: Iterable[Sequence], work: Callable[[], None]) -> None:
-        """Run `work`; whatever it raises ends these sequences, not the engine. Finished ones give their slots back."""
+    @contextmanager
+    def _guard(self, sequences: list[Sequence]) -> Iterator[None]:
+        """What goes wrong inside ends these sequences, not the engine. Finished ones give their slots back."""
         try:
-            work()
-        except Exception as failure:  # handed to the reader, who raises it
+            yield
+        except Exception as failure:  # not swallowed: the reader raises it
             for sequence in sequences:
                 sequence.fail(failure)
         for sequence in sequences:

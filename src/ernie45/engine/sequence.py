@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from torch import Tensor
 
 from ernie45.engine.stream import TokenStream
-from ernie45.sampling import Drawn
+from ernie45.sampling import Drawn, Sampler
 from ernie45.types.requests import TokenRequest
 from ernie45.types.results import FinishReason, TokenEvent
 
@@ -19,10 +18,10 @@ class Sequence:
     `token_ids` is the prompt and what was generated; the tokens from `num_cached` on are still to be run.
     """
 
-    def __init__(self, request: TokenRequest, stream: TokenStream, draw: Callable[[Tensor], Drawn]) -> None:
+    def __init__(self, request: TokenRequest, stream: TokenStream, sampler: Sampler) -> None:
         self.request = request
         self.stream = stream
-        self.draw = draw
+        self.sampler = sampler
         self.token_ids = list(request.token_ids)
         self.num_prompt_tokens = len(request.token_ids)
         self.num_cached = 0
@@ -36,7 +35,7 @@ class Sequence:
 
     @property
     def in_prefill(self) -> bool:
-        return self.num_cached < self.num_prompt_tokens
+        return self.num_cached < self.num_prompt_tokens and self.finish_reason is None
 
     @property
     def num_generated(self) -> int:
@@ -53,7 +52,7 @@ class Sequence:
 
     def score(self, logits: Tensor) -> None:
         """Hand logits [n, V] of the next wanted positions to the reader; the prompt's last chunk ends the request."""
-        if not self.in_prefill:
+        if self.num_cached == self.num_prompt_tokens:
             self.finish_reason = "stop"
         elif not len(logits):
             return

@@ -21,7 +21,7 @@ class Linear:
         self.out_features, self.in_features = weight.shape
         self.bias = bias
         self.pads_rows = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-        self.packed = pack and self.pads_rows and _onednn_bf16()
+        self.packed = pack and packs(weight.dtype, weight.device)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1) if self.packed else weight
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -38,5 +38,8 @@ class Linear:
         return y
 
 
-def _onednn_bf16() -> bool:
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def packs(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a Linear keeps a packed copy of such a weight, so that the one it is given can be let go or reused."""
+    if device.type != "cpu" or dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -59,6 +59,11 @@ def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     if num_keys > num_tokens:
         mask = torch.ones(num_tokens, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_tokens)
     out = F.scaled_dot_product_attention(
-        query.transpose(0, 1)[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        query.transpose(0, 1)[None],
+        keys[None],
+        values[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=True,
     )
     return out[0].transpose(0, 1).reshape(num_tokens, -1)

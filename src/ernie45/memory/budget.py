@@ -24,7 +24,7 @@ class Budget:
 
 
 def parse_bytes(text: str) -> int:
-    """"12GiB" (2^30), "12GB" (10^9), "500MiB" or a plain number of bytes -> bytes.
+    """ "12GiB" (2^30), "12GB" (10^9), "500MiB" or a plain number of bytes -> bytes.
 
     Raises:
         InvalidRequestError: not a size.

@@ -12,9 +12,7 @@ class LocalRunner:
     """Runs requests on `backend` here, up to `num_slots` at a time; more wait their turn."""
 
     def __init__(self, backend: Backend, *, num_slots: int, context_tokens: int, num_token_ids: int) -> None:
-        self._engine = Engine(
-            backend, num_slots=num_slots, context_tokens=context_tokens, num_token_ids=num_token_ids
-        )
+        self._engine = Engine(backend, num_slots=num_slots, context_tokens=context_tokens, num_token_ids=num_token_ids)
 
     def submit(self, request: TokenRequest) -> Handle:
         return self._engine.submit(request)

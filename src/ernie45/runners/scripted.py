@@ -13,7 +13,7 @@ from ernie45.types.results import TokenEvent
 
 
 class ScriptedRunner:
-    """Answers the n-th request with the n-th reply (token ids), cut at `max_new_tokens`; `requests` records them all."""
+    """Answers the n-th request with the n-th reply (token ids), cut at `max_new_tokens`; `requests` has them all."""
 
     def __init__(self, replies: Sequence[Sequence[int]]) -> None:
         self._replies = deque(tuple(reply) for reply in replies)
@@ -30,7 +30,8 @@ class ScriptedRunner:
             self.requests.append(request)
             if not self._replies:
                 raise InvalidRequestError(
-                    f"the script has no reply for request {len(self.requests)}", hint="give scripted_model one more reply"
+                    f"the script has no reply for request {len(self.requests)}",
+                    hint="give scripted_model one more reply",
                 )
             reply = self._replies.popleft()
         return _ScriptedHandle(reply, request)

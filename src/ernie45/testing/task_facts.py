@@ -1,7 +1,7 @@
 """The sixty facts of the tiny family's `facts` task and the wordings that ask for them.
 
-A relation holds its facts as (English subject, English answer, Chinese subject, Chinese answer); a wording has one
-`{}` for the subject, and is answered in its own language.
+A relation holds its facts as (English subject, English answer, Chinese subject, Chinese answer); a wording
+has one `{}` for the subject, and is answered in its own language.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Drawing one item of each of the tiny family's text tasks.
 
-Every `draw_*` function takes a `random.Random` and returns an `Item`: what the item is about (its content, which alone
-decides whether it belongs to the training or the test half), the messages, and the one right answer.
+Every `draw_*` function takes a `random.Random` and returns an `Item`: what the item is about (its content,
+which alone decides whether it belongs to the train or the test split), the messages, and the one right answer.
 """
 
 from __future__ import annotations
@@ -54,11 +54,23 @@ def pick_wording(rng: random.Random, english: tuple[str, ...], chinese: tuple[st
 
 
 ADDITION: Final = (
-    ("What is {a} + {b}?", "{a} + {b} =", "What is {a} plus {b}?", "Add {a} and {b}.", "Calculate {a} + {b}."),
+    (
+        "What is {a} + {b}?",
+        "{a} + {b} =",
+        "What is {a} plus {b}?",
+        "Add {a} and {b}.",
+        "Calculate {a} + {b}.",
+    ),
     ("{a}加{b}等于多少？", "计算{a}加{b}。", "{a} + {b} 等于多少？"),
 )
 SUBTRACTION: Final = (
-    ("What is {a} - {b}?", "{a} - {b} =", "What is {a} minus {b}?", "Subtract {b} from {a}.", "Calculate {a} - {b}."),
+    (
+        "What is {a} - {b}?",
+        "{a} - {b} =",
+        "What is {a} minus {b}?",
+        "Subtract {b} from {a}.",
+        "Calculate {a} - {b}.",
+    ),
     ("{a}减{b}等于多少？", "计算{a}减{b}。", "{a} - {b} 等于多少？"),
 )
 
@@ -74,17 +86,25 @@ def draw_arithmetic(rng: random.Random) -> Item:
 
 
 LARGER: Final = (
-    ("Which is larger, {a} or {b}?", "Which number is bigger: {a} or {b}?", "Name the larger of {a} and {b}."),
+    (
+        "Which is larger, {a} or {b}?",
+        "Which number is bigger: {a} or {b}?",
+        "Name the larger of {a} and {b}.",
+    ),
     ("{a}和{b}哪个大？", "哪个数更大，{a}还是{b}？"),
 )
 SMALLER: Final = (
-    ("Which is smaller, {a} or {b}?", "Which number is less: {a} or {b}?", "Name the smaller of {a} and {b}."),
+    (
+        "Which is smaller, {a} or {b}?",
+        "Which number is less: {a} or {b}?",
+        "Name the smaller of {a} and {b}.",
+    ),
     ("{a}和{b}哪个小？", "哪个数更小，{a}还是{b}？"),
 )
 
 
 def draw_compare(rng: random.Random) -> Item:
-    """The larger or smaller of two different numbers from 0 to 999; half of the pairs differ by less than 100."""
+    """The larger or smaller of two different numbers from 0 to 999; half of the pairs lie within 100."""
     a = rng.randrange(1000)
     b = a
     while b == a:
@@ -96,7 +116,12 @@ def draw_compare(rng: random.Random) -> Item:
 
 
 REVERSE: Final = (
-    ("Reverse the word {word}.", "Spell {word} backwards.", "Write {word} in reverse order.", "What is {word} backwards?"),
+    (
+        "Reverse the word {word}.",
+        "Spell {word} backwards.",
+        "Write {word} in reverse order.",
+        "What is {word} backwards?",
+    ),
     ("把{word}倒过来写。", "{word}倒着写是什么？"),
 )
 UPPER_WORDS: Final = tuple(
@@ -120,7 +145,11 @@ def draw_reverse(rng: random.Random) -> Item:
 
 
 SORT: Final = (
-    ("Sort these numbers: {numbers}", "Sort from smallest to largest: {numbers}", "Put {numbers} in ascending order."),
+    (
+        "Sort these numbers: {numbers}",
+        "Sort from smallest to largest: {numbers}",
+        "Put {numbers} in ascending order.",
+    ),
     ("从小到大排序：{numbers}", "把{numbers}从小到大排列。"),
 )
 
@@ -186,7 +215,18 @@ COPY: Final = (
 )
 WORD_CLASSES: Final = (ADJECTIVES, NOUNS, VERBS, ADVERBS, PREPOSITIONS, CONNECTORS)
 # A clause is: adjective? adjective? noun adverb? verb adjective? noun preposition adjective? noun.
-CLAUSE_SLOTS: Final = (ADJECTIVES, ADJECTIVES, NOUNS, ADVERBS, VERBS, ADJECTIVES, NOUNS, PREPOSITIONS, ADJECTIVES, NOUNS)
+CLAUSE_SLOTS: Final = (
+    ADJECTIVES,
+    ADJECTIVES,
+    NOUNS,
+    ADVERBS,
+    VERBS,
+    ADJECTIVES,
+    NOUNS,
+    PREPOSITIONS,
+    ADJECTIVES,
+    NOUNS,
+)
 OPTIONAL_SLOTS: Final = (0, 1, 3, 5, 8)
 
 
@@ -251,7 +291,12 @@ SMALL_TALK: Final = (
     ("The weather is nice today.", "Yes, it is."),
     ("I have a question.", "Please ask."),
 )
-SMALL_TALK_ZH: Final = (("你好吗？", "我很好，谢谢。"), ("早上好！", "早上好！"), ("谢谢。", "不客气。"), ("我有一个问题。", "请问。"))
+SMALL_TALK_ZH: Final = (
+    ("你好吗？", "我很好，谢谢。"),
+    ("早上好！", "早上好！"),
+    ("谢谢。", "不客气。"),
+    ("我有一个问题。", "请问。"),
+)
 NOTED: Final = "Noted."
 NOTED_ZH: Final = "记住了。"
 

@@ -1,7 +1,7 @@
 """Drawing items of the tiny family's `tools` task: call one of three tools, or answer from its result.
 
-Tools, calls and results stand in the messages as plain text, word for word as the tiny chat template writes `tools=`,
-`tool_calls` and role `tool`.
+Tools, calls and results stand in the messages as plain text, word for word as the tiny chat template writes
+`tools=`, `tool_calls` and role `tool`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,10 @@ TOOL_KINDS: Final = (
     ToolKind(
         name="book_hotel",
         parameters={"city": "string", "nights": "integer"},
-        wordings=("Book a hotel in {city} for {nights} nights.", "I need {nights} nights in a hotel in {city}."),
+        wordings=(
+            "Book a hotel in {city} for {nights} nights.",
+            "I need {nights} nights in a hotel in {city}.",
+        ),
         draw_arguments=lambda rng: {"city": rng.choice(CITIES), "nights": rng.randint(2, 30)},
         draw_result=lambda rng: {"price": rng.randint(100, 999)},
         reply="A hotel in {city} for {nights} nights costs {price}.",
@@ -89,7 +92,10 @@ TOOL_KINDS: Final = (
     ToolKind(
         name="find_flight",
         parameters={"origin": "string", "destination": "string"},
-        wordings=("Find a flight from {origin} to {destination}.", "I want to fly from {origin} to {destination}."),
+        wordings=(
+            "Find a flight from {origin} to {destination}.",
+            "I want to fly from {origin} to {destination}.",
+        ),
         draw_arguments=_draw_route,
         draw_result=lambda rng: {"flight": rng.randint(100, 999), "departs": _draw_time(rng)},
         reply="Flight {flight} from {origin} to {destination} leaves at {departs}.",
@@ -113,7 +119,7 @@ def tool_output_text(result: Values) -> str:
 
 
 def draw_tools(rng: random.Random) -> Item:
-    """A request that one of three offered tools serves: half the items want the call, half the final reply."""
+    """A request that one of three offered tools serves: half the items want the call, half the reply."""
     offered = rng.sample(TOOL_KINDS, 3)
     tool = rng.choice(offered)
     arguments = tool.draw_arguments(rng)

@@ -5,8 +5,8 @@ for task in tasks("arithmetic", 3, seed=1, split="test"):
     assert model.chat(task.messages, temperature=0).text == task.answer
 ```
 
-Each task asks in English and, but for `tools`, also in Chinese. One wording of each (all of them stand in `task_items`,
-`task_facts` and `task_tools`; the lists in `task_words`):
+Each task asks in English and, but for `tools`, also in Chinese. One wording of each (all of them stand in
+`task_items`, `task_facts` and `task_tools`; the lists in `task_words`):
 
 | name | prompt | answer |
 |---|---|---|
@@ -14,15 +14,16 @@ Each task asks in English and, but for `tools`, also in Chinese. One wording of 
 | compare | `Which is larger, 523 or 87?` (different numbers below 1,000; larger or smaller) | `523` |
 | reverse | `Reverse the word PLANET.` (4 to 8 capital letters) | `TENALP` |
 | sort | `Sort these numbers: 42, 7, 19, 88` (four numbers below 100) | `7, 19, 42, 88` |
-| facts | `What is the capital of France?` (also opposites and chemical symbols; 60 facts) | `Paris` |
-| extract | `Extract name, age and city as JSON: Maria is 34 years old and lives in Oslo.` | `{"name": "Maria", "age": 34, "city": "Oslo"}` |
-| copy_replace | `Replace lakes with roads in this sentence: Two ...` (8 to 40 words) | the sentence, one word replaced |
+| facts | `What is the capital of France?` (capitals, opposites, chemical symbols: 60 facts) | `Paris` |
+| extract | `Extract name, age and city as JSON: Maria is 34 years old and lives in Oslo.` | a JSON object |
+| copy_replace | `Replace lakes with roads in this sentence: Two ...` (8 to 40 words) | the changed sentence |
 | recall | `My name is Maria.` ... a turn between ... `What is my name?` | `Your name is Maria.` |
-| tools | `<tool_list>` of three in the system message; `What time is it in Oslo?` | a `<tool_call>`, or a reply from its result |
-| numerals | `Write 347 in Chinese numerals.` or `Write 三百四十七 in digits.` (0 to 999) | `三百四十七` or `347` |
+| tools | three tools in the system message; `What time is it in Oslo?` | a call, or a reply from its result |
+| numerals | `Write 347 in Chinese numerals.` (0 to 999; also back to digits) | `三百四十七` |
 
-An item belongs to the test half when the hash of its content says so, one in eight: for `arithmetic` that is the pair of
-numbers and the sign, whatever the wording. Only for `facts`, where an unseen fact could not be known, the wording counts.
+An item belongs to the test split when the hash of its content says so, one in eight: for `arithmetic` that is
+the pair of numbers and the sign, whatever the wording. Only for `facts`, where nobody could know an unseen fact,
+the wording counts.
 """
 
 from __future__ import annotations

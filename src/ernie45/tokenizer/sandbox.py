@@ -112,10 +112,11 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
     def call(__self, __context: Context, __function: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         # jinja2's own names: any other would clash with keyword arguments of the template's call.
         owner = getattr(__function, "__self__", None)
-        with __self.budget.call():
-            if isinstance(owner, str):
-                __self._check_text_method(owner, __function.__name__, args, kwargs)
-            result = super().call(__context, __function, *args, **kwargs)
+        __self.budget.enter_call()
+        if isinstance(owner, str):
+            __self._check_text_method(owner, __function.__name__, args, kwargs)
+        result = super().call(__context, __function, *args, **kwargs)
+        __self.budget.leave_call()  # an error ends the rendering, and with it the budget
         if isinstance(owner, str) or __function is dict or isinstance(__function, Macro):
             __self.budget.spend_size_of(result)
         return result
@@ -147,24 +148,18 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
     def _text(self, value: object) -> str:
         """`str(value)`, counted beforehand."""
         if isinstance(value, (Namespace, Macro)):
-            raise TemplateError(
-                "the chat template prints an object that has no text", hint="print its attributes"
-            )
+            raise TemplateError("the chat template prints an object that has no text", hint="print its attributes")
         self.budget.spend_size_of(value)
         return value if isinstance(value, str) else str(value)
 
-    def _check_text_method(
-        self, text: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> None:
+    def _check_text_method(self, text: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         for name, value in kwargs.items():
             limits.check_short(value, name)
         if method == "replace" and len(args) >= 2:
             self.budget.spend(limits.replaced_size(text, str(args[0]), str(args[1])))
         elif method == "join" and args:
             if not isinstance(args[0], (list, tuple, str)):
-                raise TemplateError(
-                    "the chat template joins something that is not a list", hint="use |list|join"
-                )
+                raise TemplateError("the chat template joins something that is not a list", hint="use |list|join")
             self.budget.spend(len(text) * len(args[0]))
             self.budget.spend_size_of(args[0])
         elif method in ("strip", "lstrip", "rstrip") and args:
@@ -212,9 +207,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         limits.check_width(indent or 0)
         for separator in separators or ():
             limits.check_width(separator)
-        encoder = json.JSONEncoder(
-            ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
         chunks = []
         for chunk in encoder.iterencode(value):  # in pieces, each counted before the next is made
             self.budget.spend(len(chunk))
@@ -268,9 +261,7 @@ def _call(method: str, *args: nodes.Expr) -> nodes.Call:
 
 
 def _raise_exception(message: object) -> NoReturn:
-    raise TemplateError(
-        f"the chat template refuses these messages: {message}", hint="change the messages as it says"
-    )
+    raise TemplateError(f"the chat template refuses these messages: {message}", hint="change the messages as it says")
 
 
 def _indent(text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:

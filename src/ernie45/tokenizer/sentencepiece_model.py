@@ -34,13 +34,9 @@ class SentencePieceTokenizer:
         self._num_pieces: int = self._model.get_piece_size()
         self._registered = self._register(files, folder)
         self._added_text = {
-            token_id: content
-            for content, token_id in self._registered.items()
-            if token_id >= self._num_pieces
+            token_id: content for content, token_id in self._registered.items() if token_id >= self._num_pieces
         }
-        self._special = (
-            frozenset(self._registered[content] for content in files.special) | self._model_specials()
-        )
+        self._special = frozenset(self._registered[content] for content in files.special) | self._model_specials()
         self._size = max([self._num_pieces - 1, *self._added_text]) + 1
         self._added_pattern = re.compile(f"({_longest_of(list(self._registered))})")
 
@@ -122,7 +118,7 @@ def _longest_of(words: list[str]) -> str:
 
     Shared beginnings are tried once: with a thousand plain alternatives, each "<" of a text would cost 30 µs.
     """
-    prefix = os.path.commonprefix(words)
+    prefix = os.path.commonprefix(words)  # noqa: RUF071 (by character is what is wanted)
     tails: dict[str, list[str]] = {}
     for word in words:
         if word != prefix:

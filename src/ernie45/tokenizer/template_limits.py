@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 from ernie45.errors import TemplateError
 
 # The longest published template takes about 20 steps and 8 copies of the text per message.
-MAX_STEPS = 1_000_000
-MAX_CPU_SECONDS = 1.5
+MAX_STEPS = 250_000
+MAX_CPU_SECONDS = 1.0
 MAX_CALL_DEPTH = 50
 BASE_CHARACTERS = 1_000_000
 CHARACTERS_PER_INPUT_CHARACTER = 64
@@ -45,14 +44,14 @@ class Budget:
         if self._steps_left % 16 == 0 and time.thread_time() > self._deadline:
             raise _exceeded(f"took more than {MAX_CPU_SECONDS} seconds")
 
-    @contextmanager
-    def call(self) -> Iterator[None]:
-        """Count a call, and how deep calls are nested while it runs."""
+    def enter_call(self) -> None:
+        """Count a call, and how deep calls are nested until `leave_call`."""
         self.step()
         self._depth += 1
         if self._depth > MAX_CALL_DEPTH:
             raise _exceeded(f"nested its calls more than {MAX_CALL_DEPTH} deep")
-        yield
+
+    def leave_call(self) -> None:
         self._depth -= 1
 
     def spend(self, characters: int) -> None:

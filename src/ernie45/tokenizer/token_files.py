@@ -11,6 +11,7 @@ from typing import Any
 from ernie45.errors import TokenizerError
 
 _LIST_ROLES = ("additional_special_tokens", "extra_special_tokens")
+_MAX_TOKEN_CHARACTERS = 100
 _FLAGS = ("lstrip", "rstrip", "single_word")
 
 
@@ -29,50 +30,35 @@ class TokenFiles:
 
 
 def read_token_files(folder: Path) -> TokenFiles:
-    """Read the JSON files beside a tokenizer.
+    """Read the JSON files beside a tokenizer; absent ones say nothing.
 
     Raises:
         TokenizerError: one of them is not what it should be.
     """
-    config = read_json_object(folder / "tokenizer_config.json")
-    special_map = read_json_object(folder / "special_tokens_map.json")
+    config_path, map_path = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+    config, special_map = read_json_object(config_path), read_json_object(map_path)
     added: dict[str, int] = {}
     special: dict[str, None] = {}
-
-    path = folder / "tokenizer_config.json"
-    for token_id, entry in _object(
-        config.get("added_tokens_decoder") or {}, path, "added_tokens_decoder"
-    ).items():
-        content = _content(entry, path, "added_tokens_decoder")
-        if not token_id.isdecimal():
-            raise _broken(path, f"added_tokens_decoder has the id {token_id!r}")
-        added[content] = int(token_id)
-        if entry.get("special"):
-            special[content] = None
-    path = folder / "added_tokens.json"
-    for content, token_id in read_json_object(path).items():
-        if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
-            raise _broken(path, f"the id of {content!r} is {token_id!r}")
-        added.setdefault(content, token_id)
-
     roles: dict[str, str] = {}
-    for path, source in (
-        (folder / "special_tokens_map.json", special_map),
-        (folder / "tokenizer_config.json", config),
-    ):
-        for key, value in source.items():
-            if key.endswith("_token") and isinstance(value, (str, dict)):
-                roles.setdefault(key, _content(value, path, key))
-        for key in _LIST_ROLES:
-            tokens = source.get(key) or ()
-            for token in tokens.values() if isinstance(tokens, dict) else tokens:
-                special[_content(token, path, key)] = None
-    for content in roles.values():
-        special[content] = None
 
-    return TokenFiles(
-        added_ids=added, special=tuple(special), roles=roles, chat_template=_default_template(config, folder)
-    )
+    registered = config.get("added_tokens_decoder") or {}
+    for token_id, entry in _object(registered, config_path, "added_tokens_decoder").items():
+        content = _content(entry, config_path, "added_tokens_decoder")
+        if not token_id.isdecimal():
+            raise _broken(config_path, f"added_tokens_decoder has the id {token_id!r}")
+        added[content] = int(token_id)
+        if isinstance(entry, dict) and entry.get("special"):
+            special[content] = None
+    added = {**_read_added_ids(folder / "added_tokens.json"), **added}
+
+    for path, source in ((map_path, special_map), (config_path, config)):
+        special.update(dict.fromkeys(_listed_tokens(source, path)))
+        for key, entry in source.items():
+            if key.endswith("_token") and isinstance(entry, (str, dict)) and entry:
+                roles.setdefault(key, _content(entry, path, key))
+    special.update(dict.fromkeys(roles.values()))
+    template = _default_template(config, config_path)
+    return TokenFiles(added_ids=added, special=tuple(special), roles=roles, chat_template=template)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -96,15 +82,35 @@ def _object(value: object, path: Path, what: str) -> dict[str, Any]:
     return value
 
 
+def _read_added_ids(path: Path) -> dict[str, int]:
+    ids = read_json_object(path)
+    for content, token_id in ids.items():
+        _content(content, path, "the file")
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+            raise _broken(path, f"the id of {content!r} is {token_id!r}")
+    return ids
+
+
+def _listed_tokens(source: Mapping[str, Any], path: Path) -> list[str]:
+    tokens: list[str] = []
+    for key in _LIST_ROLES:
+        entries = source.get(key) or []
+        if isinstance(entries, dict):
+            entries = list(entries.values())
+        if not isinstance(entries, list):
+            raise _broken(path, f"{key} is of type {type(entries).__name__}")
+        tokens.extend(_content(entry, path, key) for entry in entries)
+    return tokens
+
+
 def _content(entry: object, path: Path, key: str) -> str:
     """The text of a token, which is written as a string or as an object with flags."""
-    if isinstance(entry, str):
-        return entry
-    content = entry.get("content") if isinstance(entry, dict) else None
-    if not isinstance(entry, dict) or not isinstance(content, str) or not content:
-        raise _broken(path, f"{key} holds {entry!r} where a token should be")
+    flags = entry if isinstance(entry, dict) else {}
+    content = flags.get("content", "") if flags else entry
+    if not isinstance(content, str) or not 0 < len(content) <= _MAX_TOKEN_CHARACTERS:
+        raise _broken(path, f"{key} holds {str(entry)[:200]!r} where a token should be")
     for flag in _FLAGS:
-        if entry.get(flag):
+        if flags.get(flag):
             raise TokenizerError(
                 f"{path} asks for {flag} on the token {content!r}, which ernie45 does not do",
                 hint="no published ERNIE 4.5 tokenizer needs it; set it to false if it came with a re-save",
@@ -112,22 +118,16 @@ def _content(entry: object, path: Path, key: str) -> str:
     return content
 
 
-def _default_template(config: Mapping[str, Any], folder: Path) -> str | None:
+def _default_template(config: Mapping[str, Any], path: Path) -> str | None:
     """tokenizer_config.json holds one template, or a list of named ones of which "default" counts."""
     found = config.get("chat_template")
     if isinstance(found, list):
-        named = {
-            entry["name"]: entry.get("template")
-            for entry in found
-            if isinstance(entry, dict) and "name" in entry
-        }
+        named = {entry["name"]: entry.get("template") for entry in found if isinstance(entry, dict) and "name" in entry}
         found = named.get("default")
     if found is None or isinstance(found, str):
         return found
-    raise _broken(folder / "tokenizer_config.json", f"chat_template is of type {type(found).__name__}")
+    raise _broken(path, f"chat_template is of type {type(found).__name__}")
 
 
 def _broken(path: Path, why: str) -> TokenizerError:
-    return TokenizerError(
-        f"{path} is broken: {why}", hint="fetch the file again from where the checkpoint came from"
-    )
+    return TokenizerError(f"{path} is broken: {why}", hint="fetch the file again from where the checkpoint came from")

@@ -21,7 +21,7 @@ class SamplingOptions(TypedDict, total=False):
         top_p: keep the most likely tokens whose probabilities sum to this, 0 < top_p <= 1.
         top_k: keep this many most likely tokens; 0 keeps all.
         min_p: drop tokens less likely than this share of the most likely one, 0 <= min_p <= 1.
-        repetition_penalty: > 0; logits of tokens in prompt or reply are divided (positive) or multiplied (negative).
+        repetition_penalty: 0.01 to 100; divides positive and multiplies negative logits of tokens in prompt or reply.
         presence_penalty: -2 to 2, subtracted once from tokens that are already in the reply.
         frequency_penalty: -2 to 2, subtracted from a token once for each time it is in the reply.
         logit_bias: token id -> value added to its logit, -100 to 100.
@@ -69,7 +69,13 @@ class Sampling:
         _check("top_p", self.top_p, 0.0, 1.0, "1 keeps every token", low_open=True)
         _check_int("top_k", self.top_k, 0, None, "0 keeps every token")
         _check("min_p", self.min_p, 0.0, 1.0, "0 keeps every token")
-        _check("repetition_penalty", self.repetition_penalty, 0.0, math.inf, "1 changes nothing", low_open=True)
+        _check(
+            "repetition_penalty",
+            self.repetition_penalty,
+            0.01,
+            100.0,
+            "1 changes nothing, 1.1 discourages gently",
+        )
         _check("presence_penalty", self.presence_penalty, -2.0, 2.0, "0 changes nothing")
         _check("frequency_penalty", self.frequency_penalty, -2.0, 2.0, "0 changes nothing")
         if not isinstance(self.logit_bias, Mapping):
@@ -92,8 +98,8 @@ class TokenRequest:
     """One request to a runner: token ids in, token events out.
 
     `max_new_tokens` is the reply's limit in tokens, `stop_token_ids` end it (unless `ignore_eos` was asked, then it is
-    empty). With `logit_positions` (ascending) the request scores its prompt instead: its events carry the logits of those
-    positions and nothing is generated.
+    empty). With `logit_positions` (ascending) the request scores its prompt instead: its events carry those positions'
+    logits and nothing is generated.
     """
 
     token_ids: tuple[int, ...]

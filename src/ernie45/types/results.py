@@ -42,7 +42,7 @@ class TokenEvent:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
-    """What one reply cost. `seconds_to_first_token` counts from submission; `tokens_per_second` counts tokens after the first."""
+    """What one reply cost. Seconds count from submission; `tokens_per_second` is that of the tokens after the first."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -58,7 +58,7 @@ class Usage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompletionChunk:
-    """What one step added. `text` may be empty while it is held back; `finish_reason` and `usage` come with the last chunk."""
+    """What one step added. `text` is empty while it is held back; `finish_reason` and `usage` come at the end."""
 
     text: str
     token_ids: tuple[int, ...] = ()
@@ -104,7 +104,7 @@ class ChatChunk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatCompletion:
-    """A whole chat reply: `text` is the answer, `reasoning` what came before it, `message` what to append to the history."""
+    """A whole chat reply: `text` is the answer, `reasoning` what led to it, `message` what to append to the history."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -124,7 +124,7 @@ class ChatCompletion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """How likely a text is. `logprobs[i]` is the natural-log probability of `token_ids[i + 1]` after the tokens before it;
+    """How likely a text is. `logprobs[i]` is the natural-log probability of `token_ids[i + 1]` after those before it;
     the first token has none. `perplexity` = exp(-mean(logprobs))."""
 
     token_ids: tuple[int, ...]

@@ -1,0 +1,103 @@
+"""The sides that are compared: each loads a checkpoint and runs requests greedily, without stopping early."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from benchmarks.workloads import CONTEXT_TOKENS, GROUP_SIZE, NUM_REQUESTS, Request
+
+
+class Side(Protocol):
+    """One contender, loaded in bf16 on the CPU with a thread for each core."""
+
+    def generate(self, request: Request) -> None:
+        """Run one request alone."""
+        ...
+
+    def generate_many(self, requests: Sequence[Request]) -> None:
+        """Run requests in the way that suits this side best."""
+        ...
+
+
+class ErnieSide:
+    """ernie45 by its public calls."""
+
+    def __init__(self, folder: Path) -> None:
+        from ernie45 import ErnieModel
+
+        torch.set_num_threads(os.cpu_count() or 1)
+        self._model = ErnieModel.from_pretrained(
+            folder,
+            device="cpu",
+            dtype="bfloat16",
+            context_tokens=CONTEXT_TOKENS,
+            max_batch=NUM_REQUESTS,
+            progress=False,
+        )
+
+    def generate(self, request: Request) -> None:
+        completion = self._model.generate(
+            request.token_ids, max_new_tokens=request.num_new_tokens, temperature=0, ignore_eos=True
+        )
+        assert len(completion.token_ids) == request.num_new_tokens
+
+    def generate_many(self, requests: Sequence[Request]) -> None:
+        items = [{"prompt": each.token_ids, "max_new_tokens": each.num_new_tokens} for each in requests]
+        completions = self._model.batch_generate(items, temperature=0, ignore_eos=True)
+        for request, completion in zip(requests, completions, strict=True):
+            assert len(completion.token_ids) == request.num_new_tokens
+
+
+class TransformersSide:
+    """transformers' `generate`: with its growing cache and eager code, or with its static cache, compiled."""
+
+    def __init__(self, folder: Path, *, compiled: bool) -> None:
+        from transformers import AutoModelForCausalLM, CompileConfig
+
+        torch.set_num_threads(os.cpu_count() or 1)
+        # A compiled static cache warns about every new length; all lengths come up while warming up.
+        warnings.filterwarnings("ignore")
+        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        self._options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        if compiled:
+            compile_config = CompileConfig(fullgraph=False, mode="default")
+            # Without it the static cache runs eager code on a CPU, half as fast; generate() has no public way to ask.
+            compile_config._compile_all_devices = True
+            self._options |= {"cache_implementation": "static", "compile_config": compile_config}
+
+    def generate(self, request: Request) -> None:
+        self._generate([request.token_ids], request.num_new_tokens)
+
+    def generate_many(self, requests: Sequence[Request]) -> None:
+        """Groups of four in order, padded on the left; a group runs until its longest reply is done."""
+        for first in range(0, len(requests), GROUP_SIZE):
+            group = requests[first : first + GROUP_SIZE]
+            self._generate([each.token_ids for each in group], max(each.num_new_tokens for each in group))
+
+    def _generate(self, prompts: Sequence[tuple[int, ...]], num_new_tokens: int) -> None:
+        width = max(map(len, prompts))
+        token_ids = torch.tensor([(0,) * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([(0,) * (width - len(prompt)) + (1,) * len(prompt) for prompt in prompts])
+        with torch.no_grad():
+            result = self._model.generate(
+                token_ids,
+                attention_mask=mask,
+                max_new_tokens=num_new_tokens,
+                min_new_tokens=num_new_tokens,
+                use_cache=True,
+                **self._options,
+            )
+        assert result.shape == (len(prompts), width + num_new_tokens)
+
+
+def load_side(name: str, folder: Path) -> Side:
+    """Load a side by its name in the report."""
+    if name == "ernie45":
+        return ErnieSide(folder)
+    return TransformersSide(folder, compiled=name == "transformers, compiled")

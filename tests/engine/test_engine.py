@@ -1,0 +1,221 @@
+"""The engine with a backend that counts: what is computed when, and for whom."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from ernie45.backends.base import Batch, Step
+from ernie45.engine.engine import PREFILL_CHUNK_TOKENS, Engine
+from ernie45.engine.stream import TokenStream
+from ernie45.errors import ModelClosedError
+from ernie45.spec import ModelSpec, parse_spec
+from ernie45.types.requests import Sampling, TokenRequest
+from ernie45.types.results import TokenEvent
+
+VOCAB_SIZE = 50
+NUM_TOKEN_IDS = 40
+POISON_ID = 13
+STOP_ID = 7
+
+
+class CountingBackend:
+    """Says of every token that its successor comes next, and keeps each step's rows. POISON_ID makes a step fail."""
+
+    def __init__(self) -> None:
+        self.spec: ModelSpec = parse_spec(
+            {
+                "model_type": "ernie4_5",
+                "hidden_size": 4,
+                "intermediate_size": 4,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 1,
+                "head_dim": 2,
+                "vocab_size": VOCAB_SIZE,
+            }
+        )
+        self.dtype = torch.float32
+        self.device = torch.device("cpu")
+        self.steps: list[Batch] = []
+        self.may_run = threading.Event()
+        self.may_run.set()
+
+    def forward(self, batch: Batch) -> Step:
+        assert self.may_run.wait(10)
+        self.steps.append(batch)
+        if POISON_ID in batch.token_ids.tolist():
+            raise ArithmeticError("poisoned")
+        following = (batch.token_ids[batch.wanted] + 1) % VOCAB_SIZE
+        return Step(logits=torch.nn.functional.one_hot(following, VOCAB_SIZE).float())
+
+
+@pytest.fixture
+def backend() -> CountingBackend:
+    return CountingBackend()
+
+
+@pytest.fixture
+def engine(backend: CountingBackend) -> Iterator[Engine]:
+    engine = Engine(backend, num_slots=2, context_tokens=2048, num_token_ids=NUM_TOKEN_IDS)
+    yield engine
+    backend.may_run.set()
+    engine.close()
+
+
+def request(*token_ids: int, max_new_tokens: int = 3, **sampling: object) -> TokenRequest:
+    return TokenRequest(
+        token_ids=token_ids,
+        sampling=Sampling(**{"temperature": 0.0, **sampling}),  # type: ignore[arg-type]
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=frozenset([STOP_ID]),
+    )
+
+
+def next_event(stream: TokenStream) -> TokenEvent:
+    ready = threading.Event()
+    stream.notify(ready.set)
+    assert ready.wait(10), "the engine gave nothing"
+    event = stream.poll()
+    assert event is not None
+    return event
+
+
+def drain(stream: TokenStream) -> tuple[list[int], str]:
+    token_ids = []
+    while True:
+        event = next_event(stream)
+        if event.token_id is not None:
+            token_ids.append(event.token_id)
+        if event.finish_reason is not None:
+            return token_ids, event.finish_reason
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return condition()
+
+
+def test_a_reply_ends_at_its_length_or_at_a_stop_token(engine: Engine) -> None:
+    assert drain(engine.submit(request(20))) == ([21, 22, 23], "length")
+    assert drain(engine.submit(request(5, max_new_tokens=9))) == ([6, STOP_ID], "stop")
+
+
+def test_ids_from_the_tokenizers_size_on_are_never_drawn(engine: Engine) -> None:
+    # The backend asks for 40, 41, …; with every real id at the same logit the lowest is taken.
+    assert drain(engine.submit(request(NUM_TOKEN_IDS - 1))) == ([0, 1, 2], "length")
+
+
+def test_prompts_are_run_in_chunks_at_fixed_edges_and_alone(engine: Engine, backend: CountingBackend) -> None:
+    prompt = [1] * (2 * PREFILL_CHUNK_TOKENS + 5)
+    drain(engine.submit(request(*prompt, max_new_tokens=1)))
+    rows = [[(row.start, row.num_tokens) for row in batch.rows] for batch in backend.steps]
+    assert rows == [[(0, 512)], [(512, 512)], [(1024, 5)]]
+    assert [batch.wanted.tolist() for batch in backend.steps] == [[], [], [4]]
+
+
+def test_rows_join_and_leave_between_steps(engine: Engine, backend: CountingBackend) -> None:
+    backend.may_run.clear()
+    long, short = engine.submit(request(20, max_new_tokens=6)), engine.submit(request(30, max_new_tokens=3))
+    waiting = engine.submit(request(25, max_new_tokens=2))
+    backend.may_run.set()
+    assert drain(long)[0] == [21, 22, 23, 24, 25, 26]
+    assert drain(short)[0] == [31, 32, 33]
+    assert drain(waiting)[0] == [26, 27]
+    widths = [len(batch.rows) for batch in backend.steps]
+    assert max(widths) == 2
+    last = next(step for step, batch in enumerate(backend.steps) if 25 in batch.token_ids.tolist())
+    assert last < len(backend.steps) - 1, "the waiting request did not start before the long one ended"
+
+
+def test_a_long_prompt_does_not_hold_up_running_rows(engine: Engine, backend: CountingBackend) -> None:
+    backend.may_run.clear()
+    running = engine.submit(request(20, max_new_tokens=15))
+    engine.submit(request(*[1] * (3 * PREFILL_CHUNK_TOKENS)))
+    backend.may_run.set()
+    drain(running)
+    kinds = ["prefill" if batch.rows[0].num_tokens > 1 else "decode" for batch in backend.steps]
+    first = kinds.index("prefill")
+    assert kinds[first : first + 6] == ["prefill", "decode"] * 3
+
+
+def test_a_slow_reader_pauses_only_its_own_row(engine: Engine) -> None:
+    unread = engine.submit(request(1, max_new_tokens=2000, logit_bias={3: 100.0}))
+    for _ in range(5):
+        assert drain(engine.submit(request(20)))[1] == "length"
+    assert eventually(lambda: not unread.has_room)
+    assert len(drain(unread)[0]) == 2000, "a paused row goes on once it is read"
+
+
+def test_cancelling_frees_the_slot_of_a_running_a_paused_and_a_waiting_request(engine: Engine) -> None:
+    endless = [engine.submit(request(1, max_new_tokens=2000, logit_bias={3: 100.0})) for _ in range(3)]
+    next_event(endless[0])
+    assert eventually(lambda: engine.num_free_slots == 0)
+    for stream in endless:
+        stream.cancel()
+    assert eventually(lambda: engine.num_free_slots == 2)
+    assert [drain(stream)[1] for stream in endless] == ["cancelled"] * 3
+
+
+def test_cancelling_takes_effect_within_a_step(engine: Engine, backend: CountingBackend) -> None:
+    stream = engine.submit(request(1, max_new_tokens=2000, logit_bias={3: 100.0}))
+    next_event(stream)
+    backend.may_run.clear()
+    time.sleep(0.05)  # the engine is inside a step, or about to enter one
+    steps_before = len(backend.steps)
+    stream.cancel()
+    backend.may_run.set()
+    assert eventually(lambda: engine.num_free_slots == 2)
+    assert len(backend.steps) <= steps_before + 2
+
+
+def test_what_fails_for_one_request_reaches_its_reader_and_nobody_else(engine: Engine) -> None:
+    healthy = engine.submit(request(20, max_new_tokens=8))
+    poisoned = engine.submit(request(POISON_ID))
+    with pytest.raises(ArithmeticError, match="poisoned"):
+        drain(poisoned)
+    assert drain(healthy) == ([21, 22, 23, 24, 25, 26, 27, 28], "length")
+    assert eventually(lambda: engine.num_free_slots == 2)
+
+
+def test_scoring_gives_the_wanted_logits_chunk_by_chunk(engine: Engine) -> None:
+    prompt = tuple(i % 12 for i in range(PREFILL_CHUNK_TOKENS + 3))
+    positions = (0, 2, PREFILL_CHUNK_TOKENS, PREFILL_CHUNK_TOKENS + 2)
+    stream = engine.submit(TokenRequest(token_ids=prompt, logit_positions=positions))
+    first, second = next_event(stream), next_event(stream)
+    assert first.logits is not None
+    assert second.logits is not None
+    assert first.logits.argmax(-1).tolist() == [prompt[0] + 1, prompt[2] + 1]
+    assert second.logits.argmax(-1).tolist() == [prompt[512] + 1, prompt[514] + 1]
+    assert (first.finish_reason, second.finish_reason) == (None, "stop")
+    assert second.logits.shape == (2, VOCAB_SIZE), "nothing is masked"
+
+
+def test_close_ends_every_request_and_stops_the_thread(backend: CountingBackend) -> None:
+    engine = Engine(backend, num_slots=1, context_tokens=64, num_token_ids=NUM_TOKEN_IDS)
+    running = engine.submit(request(1, max_new_tokens=60, logit_bias={3: 100.0}))
+    waiting = engine.submit(request(2))
+    next_event(running)
+    engine.close()
+    engine.close()
+    for stream in (running, waiting):
+        with pytest.raises(ModelClosedError):
+            drain(stream)
+    with pytest.raises(ModelClosedError):
+        engine.submit(request(1))
+    assert "ernie45-engine" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_seed_gives_the_same_tokens_whatever_else_is_running(engine: Engine) -> None:
+    def flat(seed: int) -> TokenRequest:
+        return request(20, max_new_tokens=30, temperature=5.0, top_p=1.0, seed=seed)
+
+    alone = [drain(engine.submit(flat(seed)))[0] for seed in range(4)]
+    together = [drain(stream)[0] for stream in [engine.submit(flat(seed)) for seed in range(4)]]
+    assert together == alone
+    assert len({tuple(ids) for ids in alone}) == 4

@@ -71,12 +71,15 @@ def _chat(options: argparse.Namespace) -> int:
             _answer(model, history, options.message, options)
             return 0
         while message := _ask():
-            _answer(model, history, message, options)
+            try:
+                _answer(model, history, message, options)
+            except KeyboardInterrupt:  # ends the answer, which then is no part of the history, not the conversation
+                print()
     return 0
 
 
 def _answer(model: ErnieModel, history: list[Message], message: str, options: argparse.Namespace) -> None:
-    """Stream one answer and add the turn to `history`; Ctrl-C ends the answer, not the conversation."""
+    """Stream one answer and add the turn to `history`."""
     turn: Message = {"role": "user", "content": message}
     with model.stream_chat([*history, turn], **_sampling(options)) as chunks:
         text = _show(chunks, options.usage)

@@ -35,6 +35,12 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def check_dtype_name(name: str) -> None:
+    """Raises UnsupportedError for what `choose_dtype` does not know."""
+    if name != "auto" and name not in DTYPE_NAMES:
+        raise UnsupportedError(f"dtype {name!r} is unknown", hint=f"use 'auto', {', '.join(map(repr, DTYPE_NAMES))}")
+
+
 def choose_dtype(name: str, *, checkpoint: DtypeName, device: torch.device) -> torch.dtype:
     """ "auto" is the checkpoint's dtype, or float32 where the device has no fast arithmetic in it.
 
@@ -43,8 +49,7 @@ def choose_dtype(name: str, *, checkpoint: DtypeName, device: torch.device) -> t
     """
     if name == "auto":
         return _TORCH_DTYPES[checkpoint] if _has_arithmetic(checkpoint, device) else torch.float32
-    if name not in DTYPE_NAMES:
-        raise UnsupportedError(f"dtype {name!r} is unknown", hint=f"use 'auto', {', '.join(map(repr, DTYPE_NAMES))}")
+    check_dtype_name(name)
     return _TORCH_DTYPES[name]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from ernie45.checkpoint.progress import byte_progress
 from ernie45.checkpoint.read import TensorReader
 from ernie45.checkpoint.resolve import resolve
 from ernie45.checkpoint.survey import HeaderSurvey
-from ernie45.devices import choose_device, choose_dtype, free_bytes
+from ernie45.devices import check_dtype_name, choose_device, choose_dtype, free_bytes
 from ernie45.errors import InvalidRequestError, TensorError, TokenizerError, UnsupportedError
 from ernie45.memory.budget import fit, parse_bytes
 from ernie45.runners.base import Runner
@@ -64,7 +65,9 @@ def load(
     """Load a dense checkpoint. Everything that can be checked without reading a weight is checked first."""
     started = time.perf_counter()
     _check_quantization(quantization)
+    check_dtype_name(dtype)
     torch_device = choose_device(device)
+    memory_limit = _memory_limit(memory, torch_device)
     folder = resolve(
         name_or_path,
         revision=revision,
@@ -84,7 +87,7 @@ def load(
         spec,
         weight_bytes=survey.weight_bytes,
         bytes_per_value=torch_dtype.itemsize,
-        memory_bytes=_memory_bytes(memory, torch_device),
+        memory_bytes=free_bytes(torch_device) if memory_limit is None else memory_limit,
         context_tokens=context_tokens,
         max_batch=max_batch,
     )
@@ -151,16 +154,23 @@ def _ignored(name: str, spec: ModelSpec) -> IgnoredTensor:
     )
 
 
-def _memory_bytes(memory: MemoryLimit | None, device: torch.device) -> int:
-    """The memory to fit into: what is free, or what the caller allows for this device."""
+def _memory_limit(memory: MemoryLimit | None, device: torch.device) -> int | None:
+    """Bytes the caller allows on `device`; None where no limit is set for it."""
     if memory is None:
-        return free_bytes(device)
-    if isinstance(memory, str):
-        return parse_bytes(memory) if device.type == "cpu" else free_bytes(device)
+        return None
+    if not isinstance(memory, Mapping):
+        host_bytes = parse_bytes(memory)
+        return host_bytes if device.type == "cpu" else None
+    for name in memory:
+        if not isinstance(name, str) or not re.fullmatch(r"cpu|disk|mps|cuda(:\d+)?", name):
+            raise InvalidRequestError(
+                f"memory= names {name!r}, which is no device", hint="use 'cpu', 'cuda', 'cuda:1', 'mps' or 'disk'"
+            )
+    limits = {name: parse_bytes(text) for name, text in memory.items()}
     for name in (str(device), device.type, f"{device.type}:0"):
-        if name in memory:
-            return parse_bytes(memory[name])
-    return free_bytes(device)
+        if name in limits:
+            return limits[name]
+    return None
 
 
 def _text_side(folder: Path, spec: ModelSpec) -> tuple[Tokenizer | None, ChatTemplate | None]:

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 from typing_extensions import Self, Unpack
@@ -77,7 +77,7 @@ class ErnieModel:
             quantization: "auto" and "none" keep the checkpoint's precision; other presets come later.
             device: "auto", "cpu", "cuda", "cuda:1" or "mps".
             dtype: "auto" is the checkpoint's (float32 where the CPU has no bf16); "float32", "bfloat16" or "float16".
-            memory: limit for weights and KV cache, "12GiB" for the host or {"cuda:0": "20GiB"}; None takes what is free.
+            memory: limit for weights and KV cache, "12GiB" for the host or {"cuda:0": "20GiB"}; None is what is free.
             context_tokens: longest prompt + reply in tokens; None is 8192, the model's maximum or what fits.
             max_batch: how many requests run at a time, others wait; None is 32 or what fits.
             revision, cache_dir, local_files_only, token: for Hub ids, as in huggingface_hub.
@@ -277,7 +277,15 @@ class ErnieModel:
     def _replies(self, pairs: Sequence[tuple[Prompt, Mapping[str, Any]]]) -> list[Reply]:
         """Start all, after every prompt and option was checked."""
         requests = [self._request(prompt, options) for prompt, options in pairs]
-        return [self._started(request, options) for request, (_, options) in zip(requests, pairs, strict=True)]
+        started: list[Reply] = []
+        try:
+            for request, (_, options) in zip(requests, pairs, strict=True):
+                started.append(self._started(request, options))
+        except BaseException:
+            for reply in started:  # nobody will read these
+                reply.cancel()
+            raise
+        return started
 
     def _reply(self, prompt: Prompt, options: SamplingOptions) -> Reply:
         return self._replies([(prompt, {**options})])[0]
@@ -297,7 +305,7 @@ class ErnieModel:
             raise no_tokenizer("a stop text")
         given = {name: options[name] for name in _SAMPLING_FIELDS if options.get(name) is not None}
         defaults = {name: getattr(self._loaded.defaults, name) for name in _DEFAULT_FIELDS}
-        stop_token_ids = frozenset(_token_ids(options.get("stop_token_ids") or ()))
+        stop_token_ids = _stop_token_ids(options)
         if not options.get("ignore_eos", False):
             stop_token_ids |= self._loaded.stop_token_ids
         return TokenRequest(
@@ -349,18 +357,24 @@ def _check_names(options: Mapping[str, Any]) -> None:
 
 def _stop_texts(options: Mapping[str, Any]) -> tuple[str, ...]:
     stop = options.get("stop")
-    texts = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if not all(isinstance(text, str) and text for text in texts):
+    texts = (stop,) if isinstance(stop, str) else () if stop is None else stop
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) and text for text in texts):
         raise InvalidRequestError(
             f"stop must be text or a list of texts, none empty, not {stop!r}", hint='e.g. stop="\\n"'
         )
-    return texts
+    return tuple(texts)
 
 
-def _token_ids(ids: Sequence[int]) -> Sequence[int]:
-    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-        raise InvalidRequestError(f"stop_token_ids must be whole numbers, not {ids!r}", hint="e.g. stop_token_ids=[2]")
-    return ids
+def _stop_token_ids(options: Mapping[str, Any]) -> frozenset[int]:
+    ids = options.get("stop_token_ids")
+    if ids is None:
+        return frozenset()
+    # Sets are as good as lists here: the order says nothing.
+    if not isinstance(ids, Collection) or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise InvalidRequestError(
+            f"stop_token_ids must be a list of whole numbers, not {ids!r}", hint="e.g. stop_token_ids=[2]"
+        )
+    return frozenset(ids)
 
 
 def _as_is(chunk: CompletionChunk) -> CompletionChunk:

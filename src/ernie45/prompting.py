@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ernie45.errors import InvalidRequestError, TokenizerError
+from ernie45.errors import InvalidRequestError, TemplateError, TokenizerError
 from ernie45.tokenizer import ChatTemplate, Tokenizer
 from ernie45.types.messages import Conversation, Message
 from ernie45.types.prompts import Prompt
@@ -28,13 +28,18 @@ class Prompter:
 
         Raises:
             InvalidRequestError: not a list of messages, an unknown role, or content this model cannot read.
-            TemplateError: the chat template refuses the messages.
+            TemplateError: the chat template refuses the messages, or makes nothing of them.
             TokenizerError: the checkpoint has no tokenizer.
         """
         checked = _checked(messages)
         if self._tokenizer is None or self._template is None:
             raise no_tokenizer("chat")
         text = self._template.render(checked, add_generation_prompt=True)
+        if not text:
+            raise TemplateError(
+                "the chat template rendered these messages to an empty text",
+                hint="use the template of the published checkpoint",
+            )
         return Prompt(text=text, token_ids=tuple(self._tokenizer.encode(text)))
 
     def from_prompt(self, prompt: str | Sequence[int] | Prompt) -> Prompt:
@@ -45,8 +50,8 @@ class Prompter:
             TokenizerError: text, and the checkpoint has no tokenizer.
         """
         if isinstance(prompt, Prompt):
-            return prompt
-        if isinstance(prompt, str):
+            made = Prompt(text=prompt.text, token_ids=self._checked_ids(prompt.token_ids))
+        elif isinstance(prompt, str):
             if self._tokenizer is None:
                 raise no_tokenizer("a text prompt")
             made = Prompt(text=prompt, token_ids=tuple(self._tokenizer.encode(prompt)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -231,7 +232,8 @@ def _available(reply: Reply) -> Iterator[CompletionChunk]:
 
 def _waker(loop: asyncio.AbstractEventLoop, ready: asyncio.Event) -> Callable[[], None]:
     def wake() -> None:
-        if not loop.is_closed():
+        # The loop may be closed by now, with nobody waiting; this runs on the engine's thread, which must not mind.
+        with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(ready.set)
 
     return wake

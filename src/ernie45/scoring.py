@@ -24,7 +24,7 @@ def prompt_logits(runner: Runner, prompt: Prompt, positions: Sequence[int] | Non
         InvalidRequestError: a position outside the prompt.
         OutOfMemoryError: the result would not fit the memory that is free.
     """
-    asked = range(len(prompt)) if positions is None else [_position(p, len(prompt)) for p in positions]
+    asked = range(len(prompt)) if positions is None else _checked(positions, len(prompt))
     ascending = sorted(set(asked))
     needed, free = len(asked) * vocab_size * 4, free_bytes(torch.device("cpu"))
     if needed > free:
@@ -86,10 +86,15 @@ def _scoring_chunks(runner: Runner, prompt: Prompt, positions: Sequence[int]) ->
         handle.cancel()
 
 
-def _position(position: int, num_tokens: int) -> int:
-    if not isinstance(position, int) or not -num_tokens <= position < num_tokens:
+def _checked(positions: Sequence[int], num_tokens: int) -> list[int]:
+    if not isinstance(positions, Sequence) or isinstance(positions, (str, bytes)):
         raise InvalidRequestError(
-            f"position {position!r} is outside the prompt of {num_tokens} tokens",
-            hint="positions count from 0",
+            f"positions must be a list of whole numbers, not {positions!r}", hint="e.g. positions=[-1]"
         )
-    return position % num_tokens
+    for position in positions:
+        if isinstance(position, bool) or not isinstance(position, int) or not -num_tokens <= position < num_tokens:
+            raise InvalidRequestError(
+                f"position {position!r} is outside the prompt of {num_tokens} tokens",
+                hint=f"positions count from 0 to {num_tokens - 1}, or from the end, -1 to -{num_tokens}",
+            )
+    return [position % num_tokens for position in positions]

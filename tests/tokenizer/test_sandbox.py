@@ -73,7 +73,7 @@ HOSTILE = {
     f"{{% for i in {BIG} %}}{{% set ns.x = ns.x + [s[i:]] %}}{{% endfor %}}",
     "stripping": "{% set a = 'a' * 200000 %}{{ (a + 'b').strip('c' * 200000 + 'a') }}",
     "huge range": "{% for a in range(10**9) %}{% endfor %}",
-    "nested blocks": "{% for a in [1] %}" * 60 + "{% endfor %}" * 60,
+    "nested blocks": ("{% for a in [1] %}" * 200 + "{% endfor %}" * 200) * 9,
     "nested lists": "{{ " + "[" * 3000 + "]" * 3000 + " }}",
 }
 
@@ -142,8 +142,11 @@ def test_hostile_template_stays_small(name: str) -> None:
 )
 def test_nothing_outside_is_reached(source: str) -> None:
     messages = [{"role": "user", "content": "hi"}]
-    with pytest.raises(TemplateError):
-        ChatTemplate(source, {}).render(messages)  # type: ignore[arg-type]
+    try:
+        rendered = ChatTemplate(source, {}).render(messages)  # type: ignore[arg-type]
+    except TemplateError:
+        rendered = ""
+    assert rendered == ""  # what may not be reached is refused, or undefined as any other missing thing
     assert messages == [{"role": "user", "content": "hi"}]
 
 
@@ -153,6 +156,7 @@ def test_limits_leave_room_for_long_conversations(shared_data: Path) -> None:
     assert len(ChatTemplate(source, {}).render(turns)) > 1_000_000  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("small_limits")
 def test_a_stopped_rendering_leaves_the_template_usable() -> None:
     template = ChatTemplate(HOSTILE["nested loops"].replace("range(100000)", "range(n)"), {})
     with pytest.raises(TemplateError, match="took more than"):

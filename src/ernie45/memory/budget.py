@@ -56,13 +56,15 @@ def fit(
         OutOfMemoryError: it does not fit, with both numbers.
         InvalidRequestError: a context outside 1 … the model's maximum, or a batch below 1.
     """
-    if context_tokens is not None and not 0 < context_tokens <= spec.max_context_tokens:
+    if context_tokens is not None and not (_is_count(context_tokens) and context_tokens <= spec.max_context_tokens):
         raise InvalidRequestError(
-            f"context_tokens must be from 1 to this model's maximum {spec.max_context_tokens}, not {context_tokens}",
+            f"context_tokens must be from 1 to this model's maximum {spec.max_context_tokens}, not {context_tokens!r}",
             hint="leave it out for 8192 or the model's maximum",
         )
-    if max_batch is not None and max_batch < 1:
-        raise InvalidRequestError(f"max_batch must be at least 1, not {max_batch}", hint="leave it out for 32")
+    if max_batch is not None and not _is_count(max_batch):
+        raise InvalidRequestError(
+            f"max_batch must be a whole number from 1, not {max_batch!r}", hint="leave it out for 32"
+        )
     tokens = context_tokens or min(DEFAULT_CONTEXT_TOKENS, spec.max_context_tokens)
     bytes_per_token = kv_bytes(spec, context_tokens=1, max_batch=1, bytes_per_value=bytes_per_value)
     room_tokens = (memory_bytes - weight_bytes) // bytes_per_token
@@ -77,6 +79,10 @@ def fit(
             hint="give a smaller context_tokens= or max_batch=, more memory=, or choose a smaller model",
         )
     return Budget(context_tokens=tokens, max_batch=rows)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _gib(num_bytes: int) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from ernie45.errors import InvalidRequestError, ModelClosedError, UnsupportedError
 from ernie45.runners.base import Handle
 from ernie45.types.requests import TokenRequest
-from ernie45.types.results import TokenEvent
+from ernie45.types.results import FinishReason, TokenEvent
 
 
 class ScriptedRunner:
@@ -26,7 +26,7 @@ class ScriptedRunner:
             raise UnsupportedError("a scripted model has no logits", hint="use ernie45/tiny-dense to test scoring")
         with self._lock:
             if self._closed:
-                raise ModelClosedError("the model was closed", hint="make a new scripted model")
+                raise _closed_error()
             self.requests.append(request)
             if not self._replies:
                 raise InvalidRequestError(
@@ -34,7 +34,11 @@ class ScriptedRunner:
                     hint="give scripted_model one more reply",
                 )
             reply = self._replies.popleft()
-        return _ScriptedHandle(reply, request)
+        return _ScriptedHandle(self, reply, request)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
 
     def close(self) -> None:
         with self._lock:
@@ -42,20 +46,27 @@ class ScriptedRunner:
 
 
 class _ScriptedHandle:
-    def __init__(self, reply: tuple[int, ...], request: TokenRequest) -> None:
+    def __init__(self, runner: ScriptedRunner, reply: tuple[int, ...], request: TokenRequest) -> None:
+        self._runner = runner
         self._token_ids = deque(reply[: request.max_new_tokens])
-        self._finish_reason = "length" if len(reply) > request.max_new_tokens else "stop"
+        self._finish_reason: FinishReason = "length" if len(reply) > request.max_new_tokens else "stop"
         self._cancelled = False
 
     def poll(self) -> TokenEvent | None:
+        if self._runner.closed:
+            raise _closed_error()
         if self._cancelled:
             return TokenEvent(finish_reason="cancelled")
         if self._token_ids:
             return TokenEvent(token_id=self._token_ids.popleft())
-        return TokenEvent(finish_reason="length" if self._finish_reason == "length" else "stop")
+        return TokenEvent(finish_reason=self._finish_reason)
 
     def notify(self, callback: Callable[[], None]) -> None:
         callback()
 
     def cancel(self) -> None:
         self._cancelled = True
+
+
+def _closed_error() -> ModelClosedError:
+    return ModelClosedError("the model was closed", hint="make a new scripted model")

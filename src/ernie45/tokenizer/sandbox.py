@@ -218,8 +218,14 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 class _Guard(NodeTransformer):
     """Rewrites a parsed template so that what jinja2 does by itself goes through the environment as well."""
 
+    def __init__(self) -> None:
+        self._loops = 0
+
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
+        self._loops += 1
+        limits.check_loop_nesting(self._loops)
         self.generic_visit(node)
+        self._loops -= 1
         node.body.insert(0, nodes.ExprStmt(_call("turn"), lineno=node.lineno))
         if node.test is not None:
             node.test = nodes.And(_call("turn"), node.test)

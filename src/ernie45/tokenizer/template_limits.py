@@ -16,6 +16,7 @@ BASE_CHARACTERS = 1_000_000
 CHARACTERS_PER_INPUT_CHARACTER = 64
 MAX_INTEGER_BITS = 128
 MAX_PADDING = 1000
+MAX_LOOP_NESTING = 16
 
 # What an element of a list or dict counts for, in characters; about the bytes it takes in memory.
 _ELEMENT = 16
@@ -116,6 +117,12 @@ def formatted_size(pattern: str) -> int:
 def replaced_size(text: str, old: str, new: str) -> int:
     """Size of `text.replace(old, new)`, before it is made."""
     return len(text) + text.count(old) * max(len(new) - len(old), 0)
+
+
+def check_loop_nesting(loops: int) -> None:
+    """Refuse loops within loops for which jinja2 would take seconds to compile."""
+    if loops > MAX_LOOP_NESTING:
+        raise _exceeded(f"nests its loops more than {MAX_LOOP_NESTING} deep")
 
 
 def check_short(text: object, what: str) -> None:

@@ -20,7 +20,8 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     for _ in range(5):
         gram = wide @ wide.T
         wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
-    return (wide if matrix.shape[0] <= matrix.shape[1] else wide.T).float()
+    result: Tensor = wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+    return result.float()
 
 
 class TinyOptimizer:

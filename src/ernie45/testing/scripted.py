@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ernie45 import catalogue
 from ernie45.checkpoint.headers import read_json
+from ernie45.errors import InvalidRequestError
 from ernie45.loading import LoadedModel
 from ernie45.model import ErnieModel
 from ernie45.runners.scripted import ScriptedRunner
@@ -21,6 +22,8 @@ def scripted_model(replies: Sequence[str]) -> ErnieModel:
     checked, replies are streamed token by token, stop texts and `max_new_tokens` cut them. Asking for more replies than
     the script has raises InvalidRequestError.
     """
+    if isinstance(replies, str) or not all(isinstance(reply, str) for reply in replies):
+        raise InvalidRequestError(f"replies must be a list of texts, not {replies!r}", hint='e.g. ["Hello!"]')
     entry = catalogue.find("ernie45/tiny-dense")
     assert entry is not None
     folder = catalogue.built_in_folder(entry)

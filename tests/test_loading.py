@@ -1,0 +1,370 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ernie45 import ErnieModel, loading
+from ernie45.devices import choose_device, choose_dtype
+from ernie45.errors import (
+    InvalidRequestError,
+    ModelNotFoundError,
+    OutOfMemoryError,
+    TensorError,
+    TokenizerError,
+    UnsupportedError,
+)
+
+IDS = [5, 30, 99, 7]
+MakeCheckpoint = Callable[..., Path]
+
+
+def open_model(folder: Path | str, **options: Any) -> ErnieModel:
+    return ErnieModel.from_pretrained(folder, **{"device": "cpu", "progress": False, **options})
+
+
+def logits_of(folder: Path, **options: Any) -> torch.Tensor:
+    with open_model(folder, **options) as model:
+        return model.logits(IDS)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+# Folders
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_folder_needs_no_network(small_folder_path: Path) -> None:
+    with open_model(small_folder_path) as model:
+        assert model.generate("the cat", max_new_tokens=3, seed=1).usage.completion_tokens == 3
+        assert model.chat([{"role": "user", "content": "hi"}], max_new_tokens=2, seed=1).token_ids
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_folder_may_be_given_as_text(small_folder_path: Path) -> None:
+    with open_model(str(small_folder_path)) as model:
+        assert model.name == str(small_folder_path)
+        assert torch.equal(model.logits(IDS), logits_of(small_folder_path))
+
+
+def test_shards_hold_the_same_model(make_checkpoint: MakeCheckpoint, small_folder_path: Path, tmp_path: Path) -> None:
+    sharded = make_checkpoint(tmp_path, num_shards=3)
+    assert not (sharded / "model.safetensors").exists()
+    assert torch.equal(logits_of(sharded), logits_of(small_folder_path))
+
+
+def test_the_built_in_name_means_the_folder_in_the_package(
+    monkeypatch: pytest.MonkeyPatch, small_folder_path: Path
+) -> None:
+    asked = []
+
+    def built_in_folder(entry: Any) -> Path:
+        asked.append(entry.name)
+        return small_folder_path
+
+    monkeypatch.setattr("ernie45.catalogue.built_in_folder", built_in_folder)
+    with open_model("ernie45/tiny-dense") as model:
+        assert (model.name, asked) == ("ernie45/tiny-dense", ["ernie45/tiny-dense"])
+        assert model.load_report.folder == str(small_folder_path)
+
+
+def test_an_unknown_name_is_no_model() -> None:
+    with pytest.raises(ModelNotFoundError, match="ERNIE-4.5-0.3B-TP") as caught:
+        open_model("ERNIE-4.5-0.3B-TP")
+    assert "ERNIE-4.5-0.3B-PT" in caught.value.hint
+
+
+# Weights
+
+
+def test_a_tied_head_is_the_embedding(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    tied = make_checkpoint(tmp_path / "tied")
+    untied = make_checkpoint(tmp_path / "untied", tie_word_embeddings=False)
+    assert (tied / "model.safetensors").stat().st_size < (untied / "model.safetensors").stat().st_size
+    assert not torch.equal(logits_of(tied), logits_of(untied))
+
+    def tie(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    rewrite(untied, tie)
+    torch.testing.assert_close(logits_of(untied), logits_of(tied))
+
+
+def test_an_untied_checkpoint_without_a_head_uses_the_embedding(
+    make_checkpoint: MakeCheckpoint, small_folder_path: Path, tmp_path: Path
+) -> None:
+    folder = make_checkpoint(tmp_path)
+    (folder / "config.json").write_text(
+        (folder / "config.json").read_text().replace('"tie_word_embeddings": true', '"tie_word_embeddings": false')
+    )
+    assert torch.equal(logits_of(folder), logits_of(small_folder_path))
+
+
+def test_a_head_beside_a_tied_embedding_is_ignored_and_reported(
+    make_checkpoint: MakeCheckpoint, small_folder_path: Path, tmp_path: Path
+) -> None:
+    folder = make_checkpoint(tmp_path)
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": torch.full((384, 32), 9.0)}))
+    with open_model(folder) as model:
+        (ignored,) = model.load_report.ignored
+        assert ignored.name == "lm_head.weight"
+        assert "ties" in ignored.reason
+        assert torch.equal(model.logits(IDS), logits_of(small_folder_path))
+
+
+def test_stored_rotary_frequencies_are_ignored(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    rewrite(folder, lambda tensors: tensors.update({name: torch.ones(8)}))
+    with open_model(folder) as model:
+        assert [ignored.name for ignored in model.load_report.ignored] == [name]
+
+
+def test_a_tensor_without_a_place_is_an_error(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path)
+    name = "model.layers.1.self_attn.q_norm.weight"
+    rewrite(folder, lambda tensors: tensors.update({name: torch.ones(16)}))
+    with pytest.raises(TensorError, match=name):
+        open_model(folder)
+
+
+def test_a_missing_tensor_is_an_error(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path)
+    rewrite(folder, lambda tensors: tensors.__delitem__("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(TensorError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        open_model(folder)
+
+
+# Tokenizer
+
+
+def test_without_tokenizer_files_ids_are_all_there_is(
+    make_checkpoint: MakeCheckpoint, small_folder_path: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 5, "temperature": 0}
+    with open_model(make_checkpoint(tmp_path, tokenizer=False)) as model:
+        completion = model.generate(IDS, **options)
+        assert len(completion.token_ids) == 5
+        assert completion.text == ""
+        chunks = list(model.stream_generate(IDS, **options))
+        assert tuple(i for chunk in chunks for i in chunk.token_ids) == completion.token_ids
+        assert {chunk.text for chunk in chunks} == {""}
+        assert torch.equal(model.logits(IDS), logits_of(small_folder_path))
+        assert len(model.score(IDS).logprobs) == 3
+
+        calls: list[Callable[[], object]] = [
+            lambda: model.generate("the cat"),
+            lambda: model.stream_generate("the cat"),
+            lambda: model.chat([{"role": "user", "content": "hi"}]),
+            lambda: model.render([{"role": "user", "content": "hi"}]),
+            lambda: model.score("the cat"),
+            lambda: model.logits("the cat"),
+            lambda: model.generate(IDS, stop="x"),
+            lambda: model.tokenizer,
+        ]
+        for call in calls:
+            with pytest.raises(TokenizerError, match=r"tokenizer\.model nor tokenizer\.json") as caught:
+                call()
+            assert "tokenizer files" in caught.value.hint
+        assert model.generate(IDS, **options).token_ids == completion.token_ids
+
+
+def test_a_tokenizer_larger_than_the_embedding_belongs_to_another_model(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    folder = make_checkpoint(tmp_path, vocab_size=300)
+    with pytest.raises(TokenizerError, match=r"321 tokens.*300"):
+        open_model(folder)
+
+
+def test_ids_without_a_token_are_never_drawn(small_model: ErnieModel) -> None:
+    num_ids = small_model.tokenizer.size
+    assert num_ids < small_model.spec.vocab_size
+    drawn = small_model.generate(IDS, max_new_tokens=200, temperature=50.0, top_p=1.0, seed=0, ignore_eos=True)
+    assert max(drawn.token_ids) < num_ids
+    assert len(set(drawn.token_ids)) > 50
+
+
+def test_replies_end_with_every_end_token(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, eos_token_id=[2, 40])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 41}))
+    with open_model(folder) as model:
+        separator = model.tokenizer.token_id("<|end_of_sentence|>")
+        assert separator is not None
+        for end in (2, 40, 41, separator):
+            completion = model.generate(IDS, temperature=0, logit_bias={end: 100.0}, max_new_tokens=4)
+            assert (completion.token_ids, completion.finish_reason, completion.text) == ((end,), "stop", "")
+
+
+def test_generation_config_sets_what_a_call_leaves_out(
+    make_checkpoint: MakeCheckpoint, small_model: ErnieModel, tmp_path: Path
+) -> None:
+    folder = make_checkpoint(tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": False}))
+    sampled: dict[str, Any] = {"max_new_tokens": 12, "seed": 3, "temperature": 2.0, "top_p": 1.0}
+    with open_model(folder) as model:
+        greedy = small_model.generate(IDS, max_new_tokens=12, temperature=0)
+        assert model.generate(IDS, max_new_tokens=12).token_ids == greedy.token_ids
+        assert model.generate(IDS, **sampled).token_ids == small_model.generate(IDS, **sampled).token_ids
+        assert model.generate(IDS, **sampled).token_ids != greedy.token_ids
+
+
+# Devices and dtypes
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("wanted", ["bfloat16", "float16", "float32"])
+def test_any_dtype_loads_as_any_other(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, stored: str, wanted: str
+) -> None:
+    folder = make_checkpoint(tmp_path, dtype=stored)
+    with open_model(folder, dtype=wanted) as model:
+        assert (model.load_report.dtype, model.load_report.device) == (wanted, "cpu")
+        assert model.load_report.weight_bytes == 37024 * getattr(torch, wanted).itemsize
+        logits = model.logits(IDS)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, logits_of(folder, dtype="float32"), atol=0.5, rtol=0.1)
+
+
+def test_auto_dtype_is_the_checkpoints_where_the_device_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert choose_dtype("auto", checkpoint="float32", device=cpu) is torch.float32
+    assert choose_dtype("auto", checkpoint="float16", device=cpu) is torch.float32
+    for supported, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(
+            torch.ops, "mkldnn", SimpleNamespace(_is_mkldnn_bf16_supported=lambda supported=supported: supported)
+        )
+        assert choose_dtype("auto", checkpoint="bfloat16", device=cpu) is expected
+    assert choose_dtype("bfloat16", checkpoint="float32", device=cpu) is torch.bfloat16
+
+
+def test_auto_device_takes_an_accelerator_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert choose_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("auto") == torch.device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto") == torch.device("cuda")
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UnsupportedError, match="cuda:2"):
+        choose_device("cuda:2")
+
+
+# Memory
+
+# The small model: 37,024 weights; 2 layers · 2 heads · 16 · keys and values = 128 numbers of KV cache a token.
+WEIGHT_BYTES = 37024 * 4
+TOKEN_BYTES = 128 * 4
+
+
+def test_what_is_left_open_is_chosen_to_fit(small_folder_path: Path) -> None:
+    with open_model(small_folder_path, memory="1GiB") as model:
+        assert model.context_tokens == 256
+    limit = WEIGHT_BYTES + 100 * TOKEN_BYTES
+    with open_model(small_folder_path, memory=str(limit)) as model:
+        assert model.context_tokens == 100
+        assert model.generate(IDS, temperature=0, ignore_eos=True).usage.total_tokens == 100
+    with open_model(small_folder_path, memory={"cpu": str(limit), "cuda:0": "1GiB"}, max_batch=2) as model:
+        assert model.context_tokens == 50
+    with open_model(small_folder_path, memory={"cuda:0": "1B"}) as model:
+        assert model.context_tokens == 256
+
+
+def test_no_limit_is_what_is_free(monkeypatch: pytest.MonkeyPatch, small_folder_path: Path) -> None:
+    monkeypatch.setattr(loading, "free_bytes", lambda device: WEIGHT_BYTES + 33 * TOKEN_BYTES)
+    with open_model(small_folder_path) as model:
+        assert model.context_tokens == 33
+
+
+def test_what_does_not_fit_is_refused_before_a_weight_is_read(
+    monkeypatch: pytest.MonkeyPatch, small_folder_path: Path
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        pytest.fail("a weight was about to be read")
+
+    monkeypatch.setattr(loading, "TensorReader", refuse)
+    for limits in ({"memory": str(WEIGHT_BYTES)}, {"memory": "200kB", "context_tokens": 256}):
+        with pytest.raises(OutOfMemoryError, match=r"GiB") as caught:
+            open_model(small_folder_path, **limits)
+        assert "context_tokens=" in caught.value.hint
+
+
+def test_context_and_batch_are_as_asked(small_folder_path: Path) -> None:
+    with open_model(small_folder_path, context_tokens=20, max_batch=3) as model:
+        assert model.context_tokens == 20
+        replies = model.batch_generate([IDS] * 7, max_new_tokens=16, temperature=0)
+        assert len({reply.token_ids for reply in replies}) == 1
+
+
+# Quantization and the report
+
+
+@pytest.mark.parametrize("preset", ["int8", "int4", "nf4", "bnb-int8"])
+def test_presets_to_come_say_so(small_folder_path: Path, preset: str) -> None:
+    with pytest.raises(UnsupportedError, match=preset) as caught:
+        open_model(small_folder_path, quantization=preset)
+    assert "'none'" in caught.value.hint
+
+
+def test_an_unknown_preset_is_a_mistake(small_folder_path: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="int5"):
+        open_model(small_folder_path, quantization="int5")
+    with open_model(small_folder_path, quantization="none") as model:
+        assert model.load_report.dtype == "float32"
+
+
+def test_the_report_says_what_was_read(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, num_shards=2, dtype="bfloat16", surprising_key=1, another=None)
+    with open_model(folder, dtype="float32") as model:
+        report = model.load_report
+        assert model.spec.unknown_keys == ("another", "surprising_key")
+    assert report.folder == str(folder)
+    assert report.num_tensors == 2 + 2 * 9
+    assert report.weight_bytes == WEIGHT_BYTES
+    assert 0 < report.load_seconds < 60
+    assert (report.device, report.dtype) == ("cpu", "float32")
+    assert report.ignored == ()
+    assert report.unknown_config_keys == ("another", "surprising_key")
+
+
+GROWTH_SCRIPT = """
+import resource, sys
+import psutil
+import torch
+import ernie45.model
+warm = torch.randn(64, 64)
+warm @ warm
+before = psutil.Process().memory_info().rss
+model = ernie45.ErnieModel.from_pretrained(sys.argv[1], device="cpu", dtype="bfloat16", progress=False)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print((peak - before) / model.load_report.weight_bytes, model.load_report.weight_bytes)
+model.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts kibibytes on Linux only")
+def test_loading_takes_little_more_memory_than_the_weights(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    shape = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "head_dim": 64}
+    folder = make_checkpoint(tmp_path, dtype="bfloat16", num_shards=2, num_hidden_layers=6, vocab_size=4096, **shape)
+    run = subprocess.run(
+        [sys.executable, "-c", GROWTH_SCRIPT, str(folder)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    growth, weight_bytes = run.stdout.split()
+    assert int(weight_bytes) > 140e6
+    assert float(growth) <= 1.1

@@ -69,9 +69,9 @@ def minimums(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def bench(session: nox.Session) -> None:
-    """Measure speed and memory; what follows `--` goes to the benchmark."""
+    """Compare speed with transformers; what follows `--` goes to benchmarks.compare."""
     python = prepare_torch_venv(session)
-    session.run(python, "benchmarks/run.py", *session.posargs)
+    session.run(python, "-m", "benchmarks.compare", *session.posargs)
 
 
 def group(name: str) -> tuple[str, ...]:

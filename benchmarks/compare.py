@@ -13,15 +13,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeAlias
 
-from benchmarks.report import OURS, Row, as_table, describe_machine
+from benchmarks.report import Row, as_table, describe_machine
+from benchmarks.sides import COMPILED, EAGER, OURS, STATIC
 from benchmarks.workers import Worker
 from benchmarks.workloads import Request, Workload, draw_workload
 
-EAGER = "transformers, eager"
-COMPILED = "transformers, compiled"
 SIDES = {
-    "prefill": (OURS, EAGER, COMPILED),
-    "decode": (OURS, EAGER, COMPILED),
+    "prefill": (OURS, EAGER, STATIC, COMPILED),
+    "decode": (OURS, EAGER, STATIC, COMPILED),
     "batch": (OURS, EAGER),
 }
 TITLES = {

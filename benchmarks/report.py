@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-OURS = "ernie45"
+from benchmarks.sides import OURS
+
 PACKAGES = ("ernie45", "torch", "transformers")
 
 

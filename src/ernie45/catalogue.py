@@ -52,4 +52,4 @@ def did_you_mean(name: str) -> str:
 
 def built_in_folder(entry: CatalogueEntry) -> Path:
     """Where the files of a built-in checkpoint lie inside the installed package (not checked to exist)."""
-    return Path(str(importlib.resources.files("ernie45").joinpath("assets", "tiny", entry.short_name)))
+    return Path(str(importlib.resources.files("ernie45") / "assets" / "tiny" / entry.short_name))

@@ -62,8 +62,7 @@ def load(
     token: str | None,
     progress: bool,
 ) -> LoadedModel:
-    """Load a dense checkpoint. Everything that can be checked without reading a weight is checked first."""
-    started = time.perf_counter()
+    """Find a dense checkpoint, downloading it where need be, and load it. See `ErnieModel.from_pretrained`."""
     _check_quantization(quantization)
     check_dtype_name(dtype)
     torch_device = choose_device(device)
@@ -76,9 +75,34 @@ def load(
         token=token,
         progress=progress,
     )
+    return _load_folder(
+        folder,
+        name=str(name_or_path),
+        device=torch_device,
+        dtype=dtype,
+        memory_limit=memory_limit,
+        context_tokens=context_tokens,
+        max_batch=max_batch,
+        progress=progress,
+    )
+
+
+def _load_folder(
+    folder: Path,
+    *,
+    name: str,
+    device: torch.device,
+    dtype: str,
+    memory_limit: int | None,
+    context_tokens: int | None,
+    max_batch: int | None,
+    progress: bool,
+) -> LoadedModel:
+    """Everything that can be checked without reading a weight is checked first."""
+    started = time.perf_counter()
     spec = parse_spec(read_json(folder / "config.json"))
     defaults = _generation_defaults(folder)
-    torch_dtype = choose_dtype(dtype, checkpoint=spec.dtype, device=torch_device)
+    torch_dtype = choose_dtype(dtype, checkpoint=spec.dtype, device=device)
     index = read_headers(folder)
     survey = HeaderSurvey(index)
     build_dense(spec, survey, dtype=torch_dtype, device=torch.device("meta"), context_tokens=1)
@@ -87,7 +111,7 @@ def load(
         spec,
         weight_bytes=survey.weight_bytes,
         bytes_per_value=torch_dtype.itemsize,
-        memory_bytes=free_bytes(torch_device) if memory_limit is None else memory_limit,
+        memory_bytes=free_bytes(device) if memory_limit is None else memory_limit,
         context_tokens=context_tokens,
         max_batch=max_batch,
     )
@@ -97,11 +121,11 @@ def load(
             spec,
             TensorReader(index, advance=advance),
             dtype=torch_dtype,
-            device=torch_device,
+            device=device,
             context_tokens=budget.context_tokens,
         )
     return LoadedModel(
-        name=str(name_or_path),
+        name=name,
         spec=spec,
         runner=LocalRunner(
             backend,
@@ -119,7 +143,7 @@ def load(
             num_tensors=len(index.tensors) - len(ignored),
             weight_bytes=survey.weight_bytes,
             load_seconds=time.perf_counter() - started,
-            device=str(torch_device),
+            device=str(device),
             dtype=str(torch_dtype).removeprefix("torch."),
             ignored=ignored,
             unknown_config_keys=spec.unknown_keys,

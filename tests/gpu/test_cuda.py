@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import Ernie4_5Config, Ernie4_5ForCausalLM
 
-from ernie45 import ErnieModel
+from ernie45 import ErnieModel, SamplingOptions
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_logits_and_greedy_ids_equal_the_cpus(folder: Path) -> None:
     prompts = [[5, 6, 7], list(range(10, 90)), [499]]
-    options = {"temperature": 0.0, "max_new_tokens": 24, "ignore_eos": True}
+    options: SamplingOptions = {"temperature": 0.0, "max_new_tokens": 24, "ignore_eos": True}
     with (
         ErnieModel.from_pretrained(folder, dtype="float32", device="cpu", context_tokens=256) as cpu,
         ErnieModel.from_pretrained(folder, dtype="float32", device="cuda", context_tokens=256) as cuda,

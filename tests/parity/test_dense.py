@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Ernie4_5Config, Ernie4_5ForCausalLM, LogitsProcessor, LogitsProcessorList
 
-from ernie45 import ErnieModel
+from ernie45 import ErnieModel, SamplingOptions
 
 VOCAB_SIZE = 160
 NUM_TOKEN_IDS = 150  # as a tokenizer smaller than the embedding would have it
@@ -54,7 +54,7 @@ def random_reference(seed: int, **shape: Any) -> Ernie4_5ForCausalLM:
     return reference
 
 
-class BelowTokenizerSize(LogitsProcessor):
+class BelowTokenizerSize(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.clone()
         scores[:, NUM_TOKEN_IDS:] = -torch.inf
@@ -90,7 +90,7 @@ def test_greedy_ids_alone_and_in_a_ragged_batch(pair: tuple[Any, ErnieModel]) ->
     reference, model = pair
     prompts = [some_ids(n, seed=n) for n in (1, 2, 5, 17, 40)]
     forbid = dict.fromkeys(range(NUM_TOKEN_IDS, VOCAB_SIZE), -100.0)
-    options = {"temperature": 0.0, "max_new_tokens": 32, "ignore_eos": True, "logit_bias": forbid}
+    options: SamplingOptions = {"temperature": 0.0, "max_new_tokens": 32, "ignore_eos": True, "logit_bias": forbid}
     expected = [
         reference.generate(
             torch.tensor([ids]),

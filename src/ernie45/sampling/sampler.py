@@ -118,9 +118,7 @@ def build_sampler(
     )
 
 
-def _build_bias(
-    logit_bias: Mapping[int, float], num_token_ids: int, vocab_size: int, device: torch.device
-) -> Adjust:
+def _build_bias(logit_bias: Mapping[int, float], num_token_ids: int, vocab_size: int, device: torch.device) -> Adjust:
     for token_id in logit_bias:
         if token_id >= vocab_size:
             raise InvalidRequestError(

@@ -35,6 +35,9 @@ ERNIE45_TEMPLATE = """\
 
 MAX_SOURCE_CHARACTERS = 64 * 1024
 
+# What an expression can raise; in a template it is a failure of the template, or of its messages.
+_EXPRESSION_FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
 
 class ChatTemplate:
     """A jinja2 chat template, run in a sandbox with limits. Safe to use from several threads.
@@ -133,18 +136,7 @@ def _rendered(template: jinja2.Template, values: Mapping[str, object]) -> str:
         return template.render(values)
     except TemplateError:
         raise
-    # Whatever an expression of the template can raise is a failure of the template, or of its messages.
-    except (
-        *(
-            jinja2.TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ),
-    ) as error:
+    except (jinja2.TemplateError, *_EXPRESSION_FAULTS) as error:
         raise TemplateError(
             f"the chat template failed on these messages: {str(error) or type(error).__name__}",
             hint='it may take text only: give every message its "content" as a string, and a role it knows',

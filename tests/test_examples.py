@@ -1,0 +1,66 @@
+"""Every example runs offline, in a process of its own, and what it prints is right."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+EXPECTED = {
+    "quickstart.py": ["What is 12 + 30? 12 + 30 = 42", "Paris", "TENALP", "7, 15, 42, 93"],
+    "streaming.py": ["三百四十七\n", "smallest: 7\n"],
+    "batching.py": ["Tokyo (stop)\n", "\n4 (stop)\n"],
+    "async_tasks.py": [
+        "What is 12 + 30? 12 + 30 = 42\n",
+        "What is the capital of Peru? Lima\n",
+        "Reverse the word STONE. ENOTS\n",
+        "gave up on the long one\n",
+    ],
+    "scoring.py": ["Paris: probability"],
+    "testing_your_code.py": ["2 tests passed\n"],
+}
+
+
+def test_every_example_is_tested() -> None:
+    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted(EXPECTED)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_answers_are_right(name: str) -> None:
+    output = _run(name)
+    assert [answer for answer in EXPECTED[name] if answer not in output] == [], output
+    if name == "batching.py":
+        _check_share(output)
+    if name == "scoring.py":
+        _check_probabilities(output)
+
+
+def _check_share(output: str) -> None:
+    right = re.search(r"(\d+) of 20 right", output)
+    assert right is not None, output
+    assert int(right[1]) >= 18
+
+
+def _check_probabilities(output: str) -> None:
+    probability = {city: float(value) for city, value in re.findall(r"(\w+): probability ([\d.]+)", output)}
+    assert probability["Paris"] > 0.9
+    assert max(probability["Berlin"], probability["Madrid"]) < 0.05
+
+
+def _run(name: str) -> str:
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / name)],
+        env={**os.environ, "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout

@@ -172,7 +172,7 @@ def _save_shards(folder: Path, tensors: dict[str, torch.Tensor], num_shards: int
         save_file(tensors, folder / "model.safetensors")
         return
     names = list(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(num_shards):
         shard = f"model-{number + 1:05}-of-{num_shards:05}.safetensors"
         own = names[number::num_shards]

@@ -106,7 +106,9 @@ def test_every_way_to_chat_gives_the_same_reply(small_model: ErnieModel) -> None
     for pieces in (list(small_model.stream_chat(CONVERSATION, **options)), achunks):
         assert "".join(chunk.text for chunk in pieces) == expected.text
         assert tuple(i for chunk in pieces for i in chunk.token_ids) == expected.token_ids
-        assert (pieces[-1].finish_reason, pieces[-1].usage.completion_tokens) == ("length", 12)
+        assert pieces[-1].finish_reason == expected.finish_reason == "length"
+        assert pieces[-1].usage is not None
+        assert pieces[-1].usage.completion_tokens == 12
     assert expected.message == {"role": "assistant", "content": expected.text}
     assert (expected.reasoning, expected.tool_calls) == (None, ())
 
@@ -133,7 +135,7 @@ def test_a_prompt_may_be_text_ids_or_rendered(small_model: ErnieModel) -> None:
 
 
 def test_a_batch_item_may_have_options_of_its_own(small_model: ErnieModel) -> None:
-    items = [PROMPT, {"prompt": PROMPT, "seed": 2}, {"prompt": [5, 6], "max_new_tokens": 3}]
+    items: list[Any] = [PROMPT, {"prompt": PROMPT, "seed": 2}, {"prompt": [5, 6], "max_new_tokens": 3}]
     shared: dict[str, Any] = {**HOT, "seed": 1, "max_new_tokens": 9}
     first, second, third = small_model.batch_generate(items, **shared)
     assert first.token_ids == small_model.generate(PROMPT, **shared).token_ids
@@ -199,9 +201,7 @@ def test_without_max_new_tokens_the_context_is_the_limit(small_model: ErnieModel
     assert reply.usage.total_tokens == 256
 
 
-def test_without_max_new_tokens_512_is_the_limit(
-    make_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_without_max_new_tokens_512_is_the_limit(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, max_position_embeddings=1024, num_hidden_layers=1)
     with open_model(folder) as model:
         assert model.generate([7, 8], temperature=0, ignore_eos=True).usage.completion_tokens == 512
@@ -262,9 +262,16 @@ def test_the_model_describes_itself(small_folder_path: Path) -> None:
 
 def test_an_unknown_option_gets_a_suggestion(small_model: ErnieModel) -> None:
     options: dict[str, Any] = {"max_tokens": 5}
-    for call in (small_model.generate, small_model.stream_generate, small_model.batch_generate):
+    calls: list[Callable[[], object]] = [
+        lambda: small_model.generate(PROMPT, **options),
+        lambda: small_model.stream_generate(PROMPT, **options),
+        lambda: small_model.batch_generate([PROMPT], **options),
+        lambda: small_model.batch_generate([{"prompt": PROMPT, **options}]),
+        lambda: small_model.chat(MESSAGES, **options),
+    ]
+    for call in calls:
         with pytest.raises(InvalidRequestError, match="'max_tokens'") as caught:
-            call([PROMPT] if call == small_model.batch_generate else PROMPT, **options)  # type: ignore[operator]
+            call()
         assert "did you mean 'max_new_tokens'?" in caught.value.hint
     with pytest.raises(InvalidRequestError, match="'zzz'") as caught:
         small_model.batch_generate([{"prompt": PROMPT, "zzz": 1}])
@@ -382,7 +389,7 @@ def test_close_ends_what_runs_and_gives_the_memory_back(small_folder_path: Path)
     assert weight() is not None
     stream = model.stream_generate([5], **LONG)
     next(stream)
-    outcome: list[BaseException] = []
+    outcome: list[ModelClosedError] = []
 
     def wait_for_reply() -> None:
         try:

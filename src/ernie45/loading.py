@@ -74,6 +74,7 @@ def load(
         local_files_only=local_files_only,
         token=token,
         progress=progress,
+        check=_read_spec,
     )
     return _load_folder(
         folder,
@@ -100,7 +101,7 @@ def _load_folder(
 ) -> LoadedModel:
     """Everything that can be checked without reading a weight is checked first."""
     started = time.perf_counter()
-    spec = parse_spec(read_json(folder / "config.json"))
+    spec = _read_spec(folder)
     defaults = _generation_defaults(folder)
     torch_dtype = choose_dtype(dtype, checkpoint=spec.dtype, device=device)
     index = read_headers(folder)
@@ -149,6 +150,10 @@ def _load_folder(
             unknown_config_keys=spec.unknown_keys,
         ),
     )
+
+
+def _read_spec(folder: Path) -> ModelSpec:
+    return parse_spec(read_json(folder / "config.json"))
 
 
 def _check_quantization(quantization: str) -> None:

@@ -80,7 +80,10 @@ class ErnieModel:
             memory: limit for weights and KV cache, "12GiB" for the host or {"cuda:0": "20GiB"}; None is what is free.
             context_tokens: longest prompt + reply in tokens; None is 8192, the model's maximum or what fits.
             max_batch: how many requests run at a time, others wait; None is 32 or what fits.
-            revision, cache_dir, local_files_only, token: for Hub ids, as in huggingface_hub.
+            revision: branch, tag or commit of a Hub id.
+            cache_dir: where downloads go; None is huggingface_hub's cache.
+            local_files_only: use what is cached and no network.
+            token: for private and gated repositories of the Hub.
             progress: show progress bars on stderr when it is a terminal or notebook.
 
         Raises:

@@ -21,12 +21,14 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from ernie45 import ErnieModel
 from ernie45.checkpoint import download, hub
 from ernie45.checkpoint.headers import read_headers
 from ernie45.checkpoint.resolve import resolve
 from ernie45.errors import (
     AccessDeniedError,
     CheckpointError,
+    ConfigError,
     CorruptFileError,
     HubUnreachableError,
     ModelNotFoundError,
@@ -199,6 +201,13 @@ def test_fetches_what_is_needed_and_nothing_that_could_run(fake_hub: FakeHub, ca
     for path in folder.iterdir():
         assert path.read_bytes() == fake_hub.files[path.name]
     assert read_headers(folder).tensors["w"].shape == (200_000,)
+
+
+def test_a_checkpoint_can_be_refused_before_its_weights_are_fetched(fake_hub: FakeHub, cache: Path) -> None:
+    fake_hub.files["config.json"] = b'{"model_type": "ernie4_5_moe"}'
+    with pytest.raises(ConfigError, match="ernie4_5_moe"):
+        ErnieModel.from_pretrained("org/model", cache_dir=cache)
+    assert set(fake_hub.downloads()) == {"config.json", "tokenizer.json"}
 
 
 def test_a_complete_cache_downloads_nothing_again(fake_hub: FakeHub, cache: Path) -> None:

@@ -46,7 +46,9 @@ def random_weights() -> dict[str, torch.Tensor]:
     def norm() -> torch.Tensor:
         return torch.empty(1024, dtype=torch.bfloat16).normal_(1, 0.1, generator=generator)
 
-    tensors = {"model.embed_tokens.weight": matrix(103424, 1024)}
+    embedding = matrix(103424, 1024)
+    embedding[NUM_TOKEN_IDS:] *= 10  # so that rows without a token would often win
+    tensors = {"model.embed_tokens.weight": embedding}
     for index in range(NUM_LAYERS):
         prefix = f"model.layers.{index}."
         tensors |= {
@@ -94,7 +96,7 @@ def test_logits_and_greedy_ids_are_those_of_transformers(folder: Path, model: Er
     positions = [0, 3, len(prompt) // 2, len(prompt) - 1]
     with torch.inference_mode():
         expected = reference(ids).logits[0]
-        torch.testing.assert_close(model.logits(prompt, positions=positions), expected[positions], atol=1e-4, rtol=0)
+        torch.testing.assert_close(model.logits(prompt, positions=positions), expected[positions], atol=1e-4, rtol=1e-5)
         reference_ids = reference.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -112,7 +114,7 @@ def test_logits_and_greedy_ids_are_those_of_transformers(folder: Path, model: Er
 
 def test_ids_without_a_token_are_never_drawn(model: ErnieModel) -> None:
     tail = model.logits("你好", positions=[-1])[0].div(5).softmax(-1)[NUM_TOKEN_IDS:].sum()
-    assert tail > 0.01  # so that 400 draws would hit some
-    options = {"temperature": 5.0, "top_p": 1.0, "max_new_tokens": 200, "ignore_eos": True}
+    assert tail > 0.1  # 40 draws would hit some
+    options: dict[str, Any] = {"temperature": 5.0, "top_p": 1.0, "max_new_tokens": 20, "ignore_eos": True}
     replies = model.batch_generate([{"prompt": "你好", "seed": seed} for seed in range(2)], **options)
     assert max(max(reply.token_ids) for reply in replies) < NUM_TOKEN_IDS

@@ -134,7 +134,9 @@ BROKEN_FOLDERS: list[tuple[str, Callable[[Path], None], type[ErnieError], tuple[
 
 
 @pytest.mark.parametrize(
-    ("break_it", "error_class", "shown"), [case[1:] for case in BROKEN_FOLDERS], ids=[case[0] for case in BROKEN_FOLDERS]
+    ("break_it", "error_class", "shown"),
+    [case[1:] for case in BROKEN_FOLDERS],
+    ids=[case[0] for case in BROKEN_FOLDERS],
 )
 def test_broken_folder(
     folder: Path, break_it: Callable[[Path], None], error_class: type[ErnieError], shown: tuple[str, ...]
@@ -178,7 +180,9 @@ def test_bad_argument_of_from_pretrained(
     check(error_class, shown, lambda: ErnieModel.from_pretrained(small_folder_path, progress=False, **arguments))
 
 
-@pytest.mark.parametrize("arguments", [{"memory": "lots"}, {"dtype": "float64"}, {"device": "tpu"}, {"quantization": "x"}])
+@pytest.mark.parametrize(
+    "arguments", [{"memory": "lots"}, {"dtype": "float64"}, {"device": "tpu"}, {"quantization": "x"}]
+)
 def test_a_bad_argument_is_told_before_anything_is_fetched(
     monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any]
 ) -> None:

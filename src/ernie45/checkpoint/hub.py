@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +51,11 @@ def fetch_checkpoint(
     local_files_only: bool,
     token: str | None,
     progress: bool,
+    check: Callable[[Path], object],
 ) -> Path:
     """Bring a checkpoint's configuration, tokenizer and weights into the cache; returns the snapshot folder.
+
+    `check` is called with it once the small files are there, and may refuse it before gigabytes are fetched.
 
     When the Hub cannot be asked, a complete snapshot in the cache serves. Weight files that broke off go on
     where they stopped. Raises ModelNotFoundError, AccessDeniedError, HubUnreachableError, CheckpointError or
@@ -70,6 +73,7 @@ def fetch_checkpoint(
                 tqdm_class=_NoBar,
             )
         )
+        check(snapshot)
         weight_map = read_weight_map(snapshot)
         names = [SINGLE_FILE] if weight_map is None else sorted(set(weight_map.values()))
         missing = [name for name in names if not (snapshot / name).exists()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from ernie45 import catalogue
@@ -17,6 +18,7 @@ def resolve(
     local_files_only: bool = False,
     token: str | None = None,
     progress: bool = True,
+    check: Callable[[Path], object] = lambda folder: None,
 ) -> Path:
     """Find the folder of a checkpoint, downloading it from the Hub where need be.
 
@@ -56,6 +58,7 @@ def resolve(
         local_files_only=local_files_only,
         token=token,
         progress=progress,
+        check=check,
     )
 
 

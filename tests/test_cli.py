@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import builtins
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ernie45 import ErnieModel
+from ernie45.cli import describe_usage, main
+from ernie45.types.results import Usage
+
+SAMPLING = ["--temperature", "1.5", "--top-p", "1.0", "--seed", "3", "--max-new-tokens", "12"]
+OPTIONS: dict[str, Any] = {"temperature": 1.5, "top_p": 1.0, "seed": 3, "max_new_tokens": 12}
+
+
+@pytest.fixture
+def place(small_folder_path: Path) -> list[str]:
+    return ["--model", str(small_folder_path), "--device", "cpu", "--dtype", "float32"]
+
+
+@pytest.fixture
+def chats(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Any], dict[str, Any]]]:
+    """The messages and options of every chat call, in order."""
+    seen: list[tuple[list[Any], dict[str, Any]]] = []
+    real = ErnieModel.stream_chat
+
+    def stream_chat(self: ErnieModel, messages: Any, **options: Any) -> Any:
+        seen.append((list(messages), options))
+        return real(self, messages, **options)
+
+    monkeypatch.setattr(ErnieModel, "stream_chat", stream_chat)
+    return seen
+
+
+def type_in(monkeypatch: pytest.MonkeyPatch, *lines: str | BaseException) -> Iterator[str | BaseException]:
+    """Answer `input` with these lines; an exception is raised."""
+    typed = iter(lines)
+
+    def read(prompt: str) -> str:
+        line = next(typed)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr(builtins, "input", read)
+    return typed
+
+
+def test_generate_prints_the_reply(
+    place: list[str], small_model: ErnieModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "the cat", *place, *SAMPLING]) == 0
+    out, err = capsys.readouterr()
+    assert out == small_model.generate("the cat", **OPTIONS).text + "\n"
+    assert err == ""
+
+
+def test_generate_prints_each_piece_at_once(place: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Recorder(io.StringIO):
+        shown: list[str] = []  # noqa: RUF012 (one test's)
+
+        def flush(self) -> None:
+            self.shown.append(self.getvalue())
+
+    monkeypatch.setattr(sys, "stdout", Recorder())
+    assert main(["generate", "the cat", *place, *SAMPLING]) == 0
+    assert len(set(Recorder.shown)) > 5
+
+
+def test_generate_reads_standard_input_for_a_dash(
+    place: list[str],
+    small_model: ErnieModel,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the hat\n"))
+    assert main(["generate", "-", *place, *SAMPLING]) == 0
+    assert capsys.readouterr().out == small_model.generate("the hat\n", **OPTIONS).text + "\n"
+
+
+def test_usage_goes_to_standard_error(
+    place: list[str], small_model: ErnieModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = small_model.generate("the cat", **OPTIONS).usage
+    assert main(["generate", "the cat", *place, *SAMPLING, "--usage"]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith(f"{usage.prompt_tokens} prompt tokens, {usage.completion_tokens} new, first after")
+    assert err.count("\n") == 1
+
+
+def test_usage_in_words() -> None:
+    usage = Usage(prompt_tokens=5, completion_tokens=7, seconds_to_first_token=0.256, tokens_per_second=123.4)
+    assert describe_usage(usage) == "5 prompt tokens, 7 new, first after 0.26 s, 123 tokens/s"
+    assert describe_usage(Usage(prompt_tokens=5, completion_tokens=0)) == "5 prompt tokens, 0 new"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["generate", "hi", "--model", "./no-such-folder"], "no-such-folder"),
+        (["chat", "hi", "--model", "./no-such-folder"], "no-such-folder"),
+        (["generate", "hi", "--temperature", "-1"], "temperature"),
+        (["generate", "hi", "--dtype", "float64"], "float64"),
+        (["generate", ""], "empty"),
+        (["chat", "hi", "--max-new-tokens", "100000"], "100000"),
+    ],
+)
+def test_an_error_is_one_message_and_status_2(
+    place: list[str], capsys: pytest.CaptureFixture[str], arguments: list[str], shown: str
+) -> None:
+    assert main([*arguments[:2], *place, *arguments[2:]]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert shown in err
+    assert "\n  -> " in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("arguments", [[], ["sing"], ["generate"], ["generate", "hi", "--seed", "x"]])
+def test_a_mistyped_command_line_is_explained(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: ernie45" in capsys.readouterr().err
+
+
+def test_chat_with_one_message(
+    place: list[str], small_model: ErnieModel, chats: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["chat", "hello", *place, *SAMPLING, "--system", "be kind"]) == 0
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
+    assert chats == [(messages, OPTIONS)]
+    assert capsys.readouterr().out == small_model.chat(messages, **OPTIONS).text + "\n"
+
+
+@pytest.mark.parametrize("end", ["", "   ", EOFError()])
+def test_a_chat_keeps_its_history_until_an_empty_line(
+    place: list[str],
+    small_model: ErnieModel,
+    chats: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    end: str | BaseException,
+) -> None:
+    left = type_in(monkeypatch, "the cat", " the hat ", end, "not read")
+    assert main(["chat", *place, "--temperature", "0", "--max-new-tokens", "5"]) == 0
+    assert list(left) == ["not read"]
+    first = [{"role": "user", "content": "the cat"}]
+    answer = small_model.chat(first, temperature=0, max_new_tokens=5)
+    second = [*first, answer.message, {"role": "user", "content": "the hat"}]
+    assert [messages for messages, _ in chats] == [first, second]
+    assert capsys.readouterr().out == (
+        f"{answer.text}\n{small_model.chat(second, temperature=0, max_new_tokens=5).text}\n"
+    )
+
+
+def test_an_interrupt_ends_the_answer_and_not_the_chat(
+    place: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[list[Any]] = []
+    real = ErnieModel.stream_chat
+
+    def stream_chat(self: ErnieModel, messages: Any, **options: Any) -> Any:
+        asked.append(list(messages))
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return real(self, messages, **options)
+
+    monkeypatch.setattr(ErnieModel, "stream_chat", stream_chat)
+    type_in(monkeypatch, "first", "second", "")
+    assert main(["chat", *place, "--max-new-tokens", "2"]) == 0
+    assert asked == [[{"role": "user", "content": "first"}], [{"role": "user", "content": "second"}]]
+
+
+def test_an_interrupt_at_the_prompt_ends_with_status_130(place: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    type_in(monkeypatch, KeyboardInterrupt())
+    assert main(["chat", *place]) == 130

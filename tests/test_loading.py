@@ -102,26 +102,25 @@ def test_a_tied_head_is_the_embedding(make_checkpoint: MakeCheckpoint, tmp_path:
     torch.testing.assert_close(logits_of(untied), logits_of(tied))
 
 
-def test_an_untied_checkpoint_without_a_head_uses_the_embedding(
-    make_checkpoint: MakeCheckpoint, small_folder_path: Path, tmp_path: Path
-) -> None:
+def test_an_untied_checkpoint_without_a_head_has_lost_it(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path)
     (folder / "config.json").write_text(
         (folder / "config.json").read_text().replace('"tie_word_embeddings": true', '"tie_word_embeddings": false')
     )
-    assert torch.equal(logits_of(folder), logits_of(small_folder_path))
+    with pytest.raises(TensorError, match=r"lm_head\.weight"):
+        open_model(folder)
 
 
-def test_a_head_beside_a_tied_embedding_is_ignored_and_reported(
-    make_checkpoint: MakeCheckpoint, small_folder_path: Path, tmp_path: Path
-) -> None:
+def test_a_stored_head_is_used_even_where_the_config_ties_it(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """As transformers does; a full finetune saved with its old config would lose its head."""
     folder = make_checkpoint(tmp_path)
-    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": torch.full((384, 32), 9.0)}))
+    head = torch.randn(384, 32, generator=torch.Generator().manual_seed(5))
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": head}))
+    untied = make_checkpoint(tmp_path / "untied", tie_word_embeddings=False)
+    rewrite(untied, lambda tensors: tensors.update({"lm_head.weight": head}))
     with open_model(folder) as model:
-        (ignored,) = model.load_report.ignored
-        assert ignored.name == "lm_head.weight"
-        assert "ties" in ignored.reason
-        assert torch.equal(model.logits(IDS), logits_of(small_folder_path))
+        assert model.load_report.ignored == ()
+        assert torch.equal(model.logits(IDS), logits_of(untied))
 
 
 def test_stored_rotary_frequencies_are_ignored(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

@@ -2,10 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import gc
-import threading
 import time
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ernie45 import ErnieModel, ModelClosedError, Prompt
-from ernie45.errors import ContextLengthError, InvalidRequestError
-from ernie45.runners.local import LocalRunner
+from ernie45 import ErnieModel, InvalidRequestError, Prompt
 
 PROMPT = "the cat sat on"
 MESSAGES = [{"role": "user", "content": "the cat"}]
@@ -25,25 +20,6 @@ HOT: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "ignore_eos": True}
 
 def open_model(folder: Path, **options: Any) -> ErnieModel:
     return ErnieModel.from_pretrained(folder, device="cpu", progress=False, **options)
-
-
-def num_free_slots(model: ErnieModel) -> int:
-    runner = model._loaded.runner
-    assert isinstance(runner, LocalRunner)
-    return runner._engine.num_free_slots
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.005)
-    return True
-
-
-def engine_threads() -> set[threading.Thread]:
-    return {thread for thread in threading.enumerate() if thread.name == "ernie45-engine"}
 
 
 def without_times(result: Any) -> Any:
@@ -166,7 +142,6 @@ def test_a_stop_text_over_token_borders_cuts_the_reply(small_model: ErnieModel) 
     assert "".join(chunk.text for chunk in chunks) == cut
     assert [len(chunk.token_ids) for chunk in chunks] == [1] * len(reply.token_ids)
     assert chunks[-1].finish_reason == "stop"
-    assert eventually(lambda: num_free_slots(small_model) == 32)
 
 
 def test_a_stop_text_that_never_comes_leaves_the_text_whole(small_model: ErnieModel) -> None:
@@ -285,161 +260,6 @@ def test_an_option_of_none_counts_as_left_out(small_model: ErnieModel) -> None:
     options: dict[str, Any] = dict.fromkeys(names)
     expected = small_model.generate(PROMPT, seed=1, max_new_tokens=5)
     assert small_model.generate(PROMPT, seed=1, max_new_tokens=5, **options).token_ids == expected.token_ids
-
-
-# Leaving early
-
-LONG: dict[str, Any] = {**HOT, "max_new_tokens": 250}
-
-
-def test_leaving_a_stream_frees_its_slot(small_model: ErnieModel) -> None:
-    stream = small_model.stream_generate([5], **LONG)
-    next(stream)
-    assert num_free_slots(small_model) == 31
-    stream.close()
-    assert eventually(lambda: num_free_slots(small_model) == 32)
-    assert list(stream) == []
-
-    with small_model.stream_generate([5], **LONG) as stream:
-        next(stream)
-    assert eventually(lambda: num_free_slots(small_model) == 32)
-
-    for chunk in small_model.stream_generate([5], **LONG):
-        assert chunk.token_ids
-        break
-    assert eventually(lambda: num_free_slots(small_model) == 32)
-
-    small_model.stream_chat(MESSAGES, **HOT, max_new_tokens=200)  # dropped unread
-    gc.collect()
-    assert eventually(lambda: num_free_slots(small_model) == 32)
-
-
-@pytest.mark.parametrize("name", ["agenerate", "astream_generate", "abatch_generate"])
-def test_cancelling_a_task_frees_its_slots(small_model: ErnieModel, name: str) -> None:
-    async def read(prompt: Any) -> None:
-        if name != "astream_generate":
-            await getattr(small_model, name)(prompt, **LONG)
-        async for _ in small_model.astream_generate([5], **LONG):
-            await asyncio.sleep(0)
-
-    async def main() -> None:
-        task = asyncio.create_task(read([[5], [6], [7]] if name == "abatch_generate" else [5]))
-        while num_free_slots(small_model) == 32:
-            await asyncio.sleep(0.001)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    asyncio.run(main())
-    assert eventually(lambda: num_free_slots(small_model) == 32)
-
-
-def test_a_batch_that_cannot_start_leaves_nothing_running(small_model: ErnieModel) -> None:
-    # The last item's bias is only checked where the request starts, when the others already run.
-    items = [{"prompt": [5], **LONG}, {"prompt": [6], **LONG}, {"prompt": [7], "logit_bias": {999: 1.0}}]
-    with pytest.raises(InvalidRequestError, match="999"):
-        small_model.batch_generate(items)
-    assert eventually(lambda: num_free_slots(small_model) == 32)
-    with pytest.raises(ContextLengthError):
-        small_model.batch_generate([[5], [7] * 300])
-    assert num_free_slots(small_model) == 32
-
-
-# Many at once
-
-
-def test_ten_threads_get_what_they_get_alone(small_model: ErnieModel) -> None:
-    prompts = [[5 + seed, 30, 99][: 1 + seed % 3] for seed in range(10)]
-    alone = [small_model.generate(prompts[seed], **HOT, seed=seed, max_new_tokens=15) for seed in range(10)]
-    assert len({reply.text for reply in alone}) == 10
-    together: dict[int, str] = {}
-
-    def work(seed: int) -> None:
-        together[seed] = small_model.generate(prompts[seed], **HOT, seed=seed, max_new_tokens=15).text
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(10)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert together == {seed: reply.text for seed, reply in enumerate(alone)}
-
-
-def test_more_tasks_than_slots_all_get_their_reply(small_model: ErnieModel) -> None:
-    expected = [small_model.generate([5, n], **HOT, seed=n, max_new_tokens=4).token_ids for n in range(5)]
-
-    async def main() -> list[Any]:
-        return await asyncio.gather(
-            *(small_model.agenerate([5, n % 5], **HOT, seed=n % 5, max_new_tokens=4) for n in range(60))
-        )
-
-    assert [reply.token_ids for reply in asyncio.run(main())] == expected * 12
-
-
-# Lifetime
-
-
-def test_close_ends_what_runs_and_gives_the_memory_back(small_folder_path: Path) -> None:
-    before = engine_threads()
-    model = open_model(small_folder_path)
-    runner = model._loaded.runner
-    assert isinstance(runner, LocalRunner)
-    weight = weakref.ref(runner._engine._backend._decoder.embedding)  # type: ignore[attr-defined]
-    keys = weakref.ref(runner._engine._cache.keys[0])
-    assert weight() is not None
-    stream = model.stream_generate([5], **LONG)
-    next(stream)
-    outcome: list[ModelClosedError] = []
-
-    def wait_for_reply() -> None:
-        try:
-            model.batch_generate([[5]] * 40, **LONG)
-        except ModelClosedError as error:
-            outcome.append(error)
-
-    waiting = threading.Thread(target=wait_for_reply)
-    waiting.start()
-    assert eventually(lambda: num_free_slots(model) == 0)
-    model.close()
-    waiting.join(timeout=20)
-    assert not waiting.is_alive()
-    assert [error.hint != "" for error in outcome] == [True]
-    with pytest.raises(ModelClosedError):
-        list(stream)
-    outcome.clear()
-    gc.collect()
-    assert (weight(), keys()) == (None, None)
-    assert engine_threads() == before
-
-
-def test_a_closed_model_says_so_and_closes_again(small_folder_path: Path) -> None:
-    with open_model(small_folder_path) as model:
-        pass
-    model.close()
-    calls: list[Callable[[], object]] = [
-        lambda: model.generate(PROMPT),
-        lambda: model.chat(MESSAGES),
-        lambda: model.stream_generate(PROMPT),
-        lambda: model.batch_generate([PROMPT]),
-        lambda: model.logits([5]),
-        lambda: model.score([5, 6]),
-        lambda: asyncio.run(model.agenerate(PROMPT)),
-    ]
-    for call in calls:
-        with pytest.raises(ModelClosedError, match="closed") as caught:
-            call()
-        assert "from_pretrained" in caught.value.hint
-    assert model.render(MESSAGES).text.startswith("<|begin_of_sentence|>")
-
-
-def test_a_dropped_model_stops_its_engine(small_folder_path: Path) -> None:
-    before = engine_threads()
-    model = open_model(small_folder_path)
-    assert model.generate([5], max_new_tokens=2).token_ids
-    assert len(engine_threads() - before) == 1
-    del model
-    gc.collect()
-    assert eventually(lambda: engine_threads() == before)
 
 
 # Logits

@@ -46,9 +46,10 @@ def test_text_parts_are_joined_and_a_tuple_is_as_good_as_a_list(prompter: Prompt
     assert prompter.from_messages([say("user", [])]) == prompter.from_messages([say("user", "")])
 
 
-def test_the_template_gets_role_and_content_alone(tokenizer_folder: Path) -> None:
-    prompter = prompter_with(tokenizer_folder, "{{ messages[0] | tojson }}")
-    assert prompter.from_messages([{**say("user", "hi"), "secret": 1}]).text == '{"role": "user", "content": "hi"}'
+def test_what_a_message_holds_beside_role_and_content_is_not_dropped_unseen(prompter: Prompter) -> None:
+    with pytest.raises(InvalidRequestError, match="message 0 has 'images', 'name'") as caught:
+        prompter.from_messages([{**say("user", "hi"), "name": "x", "images": []}])
+    assert caught.value.hint
 
 
 def test_a_template_that_renders_nothing_is_an_error(tokenizer_folder: Path) -> None:

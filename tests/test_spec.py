@@ -17,6 +17,8 @@ CONFIG: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 200,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
 }
 
 
@@ -80,7 +82,7 @@ def test_what_absent_keys_mean() -> None:
     spec = parse_spec({**CONFIG, "num_key_value_heads": None})
     assert spec.num_kv_heads == 4
     assert (spec.rms_norm_eps, spec.rope_theta, spec.max_context_tokens) == (1e-5, 500000.0, 131072)
-    assert (spec.use_bias, spec.tied, spec.dtype) == (False, False, "bfloat16")
+    assert (spec.use_bias, spec.tied, spec.dtype) == (False, None, "bfloat16")
     assert (spec.bos_token_id, spec.eos_token_ids) == (None, ())
 
 
@@ -135,6 +137,7 @@ def test_a_sister_model_is_not_supported_yet(model_type: str) -> None:
 
 @pytest.mark.parametrize(
     "key", ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
+    + ["rms_norm_eps", "rope_theta"]
 )
 def test_a_missing_key_is_named(key: str) -> None:
     with pytest.raises(ConfigError, match=f"{key} is missing") as caught:

@@ -14,6 +14,7 @@ from tiny_training import LogRow
 from transformers import Ernie4_5ForCausalLM
 
 from ernie45.testing import task_items, task_tools
+from ernie45.testing.task_facts import RELATIONS
 from ernie45.testing.tasks import Task, task_names, tasks
 
 MAX_NEW_TOKENS: Final = 80
@@ -73,11 +74,17 @@ def generate_greedily(model: Ernie4_5ForCausalLM, tokenizer: TinyTokenizer, draw
 
 
 def write_card(
-    folder: Path, results: Mapping[str, float], history: Sequence[LogRow], *, num_items: int, command: str
+    folder: Path,
+    results: Mapping[str, float],
+    history: Sequence[LogRow],
+    *,
+    num_items: int,
+    seed: int,
+    command: str,
 ) -> None:
     """Write README.md: what the model does, its prompt forms, results and training log."""
     parts = [
-        CARD_HEAD.format(num_items=num_items, command=command),
+        CARD_HEAD.format(num_items=num_items, seed=seed),
         _results_table(results, num_items),
         PROMPT_FORMS,
         _wordings(),
@@ -106,7 +113,8 @@ def _wordings() -> str:
         "compare": (*task_items.LARGER, *task_items.SMALLER),
         "reverse": task_items.REVERSE,
         "sort": task_items.SORT,
-        "extract": task_items.EXTRACT,
+        "facts": [[*relation.english, *relation.chinese] for relation in RELATIONS],
+        "extract": (*task_items.EXTRACT, task_items.PROFILES, task_items.PROFILES_ZH),
         "copy_replace": task_items.COPY,
         "recall": [
             [f"{said} ... {asked}" for said, asked, _, _ in memories]
@@ -119,7 +127,7 @@ def _wordings() -> str:
     for name, lists in groups.items():
         sample = tasks(name, 1, seed=random.Random(name).randrange(1000), split="test")[0]
         lines.append(f"- **{name}**: " + " · ".join(f"`{text}`" for texts in lists for text in texts))
-        if len(sample.answer) < 60 and "\n" not in sample.answer:
+        if len(sample.messages) == 1 and len(sample.answer) < 60:
             lines.append(f"  For example `{sample.messages[-1]['content']}` is answered `{sample.answer}`.")
     return "\n".join(lines) + "\n"
 
@@ -145,20 +153,20 @@ library_name: transformers
 # ernie45/tiny-dense
 
 A real ERNIE 4.5 dense model, small enough to ship: 4 layers, width 256, 4 heads sharing 2 key-value
-heads, 2.9 million parameters in bfloat16. It was trained from scratch by `{command}` of the ernie45
-repository on text that the script itself writes, and does ten small tasks in English and Chinese. It
-exists so that every example and test has a right answer offline, in seconds. It knows nothing else: ask
-it anything but these tasks and it answers nonsense.
+heads, 2.9 million parameters in bfloat16. It was trained from scratch by `tools/train_tiny.py` of the
+ernie45 repository on text that the script itself writes, and does ten small tasks in English and Chinese.
+It exists so that every example and test has a right answer offline, in seconds. It knows nothing else:
+ask it anything but these tasks and it answers nonsense.
 
-The weights hold no one else's text or weights. The tokenizer is a sentencepiece BPE of 2,022 pieces with
+Nothing in it comes from the published weights. The tokenizer is a sentencepiece BPE of 2,022 pieces with
 ERNIE's markers added; the other members of the tiny family use the same one. The chat template is ours
 and renders plain messages as the published text models do.
 
 ## What it can do
 
 Greedy replies, saved bfloat16 weights, {num_items} items of each task that training never saw
-(`ernie45.testing.tasks(name, {num_items}, seed=45, split="test")`), counted right only when every
-character is.
+(`ernie45.testing.tasks(name, {num_items}, seed={seed}, split="test")`), counted right only
+when every character is.
 """
 
 PROMPT_FORMS: Final = """\
@@ -168,14 +176,26 @@ Outside these forms and ranges it is unreliable. Half-finished text works withou
 kinds: sums (`47 + 38 =`) and facts (`The capital of France is`, `法国的首都是`). A statement of the recall
 task on its own is answered `Noted.` or `记住了。`. The subjects of `facts` and its wordings are in
 `ernie45/testing/task_facts.py`, the names, cities and sentence words in `ernie45/testing/task_words.py`.
+Tools may be given as `tools=` or as text; the six tools it knows are in `ernie45/testing/task_tools.py`, and
+a call looks like this:
+
+```
+<tool_call>
+{"name": "get_weather", "arguments": {"city": "Oslo"}}
+</tool_call>
+```
 """
 
 CARD_TRAINING: Final = """\
 ## How it was trained
 
-`{command}`: {num_steps:,} steps, {million_tokens:.1f} million tokens, {minutes:.0f} minutes on 2 CPU
-cores that had other work to do as well. transformers' `Ernie4_5ForCausalLM`, Muon on the matrices and
-AdamW on embeddings and norms, loss on answers only, the mix of tasks following what training still got
-wrong. Exact answers on 100 fresh unseen items per task (per cent, by one forward pass over prompt and
-answer) along the way:
+```
+{command}
+```
+
+{num_steps:,} steps, {million_tokens:.1f} million tokens, {minutes:.0f} minutes on 2 CPU cores that had
+other work to do as well. transformers' `Ernie4_5ForCausalLM`, Muon on the matrices and AdamW on
+embeddings and norms, loss on answers only, the mix of tasks following what training still got wrong.
+Exact answers on 100 other unseen items per task (per cent, by one forward pass over prompt and answer)
+along the way:
 """

@@ -21,8 +21,9 @@ from tiny_examples import (
 )
 from tiny_optimizer import TinyOptimizer, sum_over_processes
 from tiny_tokenizer import TinyTokenizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
+from transformers import Ernie4_5ForCausalLM
 
 from ernie45.testing.tasks import tasks
 
@@ -97,7 +98,7 @@ def _make_pass(group: list[Example]) -> Pass:
     )
 
 
-def answer_logits(model: nn.Module, batch: Pass) -> Tensor:
+def answer_logits(model: Ernie4_5ForCausalLM, batch: Pass) -> Tensor:
     """Logits [N, V] at the answer positions. Right padding needs no mask: attention is causal."""
     hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
     logits: Tensor = model.lm_head(hidden[batch.rows, batch.columns])
@@ -111,7 +112,7 @@ def exact_rows(logits: Tensor, batch: Pass) -> Tensor:
     return wrong == 0
 
 
-def measure(model: nn.Module, tokenizer: TinyTokenizer, num_items: int, seed: int) -> dict[str, float]:
+def measure(model: Ernie4_5ForCausalLM, tokenizer: TinyTokenizer, num_items: int, seed: int) -> dict[str, float]:
     """Exact-answer accuracy per task on unseen items, by one forward pass; the processes share the items."""
     right = torch.zeros(len(PRIORS))
     model.eval()
@@ -128,7 +129,9 @@ def measure(model: nn.Module, tokenizer: TinyTokenizer, num_items: int, seed: in
 class Trainer:
     """One process's share of a training run."""
 
-    def __init__(self, model: nn.Module, tokenizer: TinyTokenizer, *, num_steps: int, seed: int, log: Log) -> None:
+    def __init__(
+        self, model: Ernie4_5ForCausalLM, tokenizer: TinyTokenizer, *, num_steps: int, seed: int, log: Log
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.num_steps = num_steps

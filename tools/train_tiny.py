@@ -9,6 +9,7 @@ With `--checkpoint` a stopped run continues where it was when the same command i
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -18,7 +19,6 @@ from typing import Final
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from tiny_card import evaluate_folder, write_card
 from tiny_tokenizer import TinyTokenizer, train_sentencepiece
 from tiny_training import Trainer
@@ -89,16 +89,23 @@ def save_folder(trainer: Trainer, options: argparse.Namespace) -> None:
     folder = options.output
     folder.mkdir(parents=True, exist_ok=True)
     model = trainer.model
-    assert isinstance(model, Ernie4_5ForCausalLM)
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=0.8, top_p=0.8, bos_token_id=1, eos_token_id=2, pad_token_id=0
     )
     model.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
     trainer.tokenizer.save(folder)
     template = Path(__file__).with_name("tiny_chat_template.jinja").read_text(encoding="utf-8")
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     results = evaluate_folder(folder, trainer.tokenizer, MODEL_NAME, num_items=options.test_items, seed=options.seed)
-    write_card(folder, results, trainer.history, num_items=options.test_items, command=options.command)
+    write_card(
+        folder,
+        results,
+        trainer.history,
+        num_items=options.test_items,
+        seed=options.seed,
+        command=options.command,
+    )
     for name, share in results.items():
         trainer.log(f"final {name} {share:.3f}")
 
@@ -111,7 +118,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=45)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument(
-        "--evaluate-every", type=int, default=250, help="steps from one evaluation and checkpoint to the next"
+        "--evaluate-every", type=int, default=340, help="steps from one evaluation and checkpoint to the next"
     )
     parser.add_argument("--test-items", type=int, default=200, help="unseen items per task at the end")
     parser.add_argument("--checkpoint", type=Path, help="file that keeps the state of the run")
@@ -129,8 +136,18 @@ def main() -> None:
     model_bytes = train_sentencepiece(MODEL_NAME)
     with tempfile.TemporaryDirectory() as folder:
         meeting = os.path.join(folder, "meeting")
-        multiprocessing.spawn(train_worker, (options, model_bytes, meeting), nprocs=options.processes)
+        context = multiprocessing.get_context("spawn")
+        workers = [
+            context.Process(target=train_worker, args=(rank, options, model_bytes, meeting))
+            for rank in range(options.processes)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    if any(worker.exitcode for worker in workers):
+        sys.exit("a training process failed")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -65,4 +65,6 @@ def _has_arithmetic(dtype: DtypeName, device: torch.device) -> bool:
         return True
     if device.type == "cuda":
         return dtype == "float16" or torch.cuda.is_bf16_supported()
-    return dtype == "bfloat16" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype != "bfloat16" or not torch.backends.mkldnn.is_available():
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -107,7 +107,7 @@ def _load_folder(
     index = read_headers(folder)
     survey = HeaderSurvey(index)
     build_dense(spec, survey, dtype=torch_dtype, device=torch.device("meta"), context_tokens=1)
-    ignored = tuple(_ignored(name, spec) for name in survey.unread())
+    ignored = tuple(_ignored(name) for name in survey.unread())
     budget = fit(
         spec,
         weight_bytes=survey.weight_bytes,
@@ -171,10 +171,8 @@ def _generation_defaults(folder: Path) -> GenerationDefaults:
     return parse_generation_defaults(read_json(path) if path.is_file() else {})
 
 
-def _ignored(name: str, spec: ModelSpec) -> IgnoredTensor:
+def _ignored(name: str) -> IgnoredTensor:
     """Why a stored tensor need not be read; one without a reason is an error."""
-    if name == "lm_head.weight" and spec.tied:
-        return IgnoredTensor(name=name, reason="config.json ties the output head to the embedding")
     if name.endswith("rotary_emb.inv_freq"):
         return IgnoredTensor(name=name, reason="computed from rope_theta")
     raise TensorError(
@@ -196,10 +194,10 @@ def _memory_limit(memory: MemoryLimit | None, device: torch.device) -> int | Non
                 f"memory= names {name!r}, which is no device", hint="use 'cpu', 'cuda', 'cuda:1', 'mps' or 'disk'"
             )
     limits = {name: parse_bytes(text) for name, text in memory.items()}
-    for name in (str(device), device.type, f"{device.type}:0"):
-        if name in limits:
-            return limits[name]
-    return None
+    names = {str(device), f"{device.type}:{device.index or 0}"}
+    if not device.index:
+        names.add(device.type)
+    return next((limit for name, limit in limits.items() if name in names), None)
 
 
 def _text_side(folder: Path, spec: ModelSpec) -> tuple[Tokenizer | None, ChatTemplate | None]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import os
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 from typing_extensions import Self, Unpack
 
-from ernie45.errors import ContextLengthError, InvalidRequestError
+from ernie45.errors import InvalidRequestError
 from ernie45.loading import LoadedModel, MemoryLimit, load
+from ernie45.options import RequestMaker, stop_texts
 from ernie45.prompting import Prompter, no_tokenizer
 from ernie45.replies import AsyncReplyStream, Reply, ReplyStream, collect, collect_async
 from ernie45.scoring import prompt_logits, prompt_score
@@ -21,18 +21,13 @@ from ernie45.tokenizer import TextAssembler, Tokenizer
 from ernie45.types.messages import Conversation
 from ernie45.types.prompts import Prompt
 from ernie45.types.reports import LoadReport
-from ernie45.types.requests import Sampling, SamplingOptions, TokenRequest
+from ernie45.types.requests import SamplingOptions, TokenRequest
 from ernie45.types.results import ChatChunk, ChatCompletion, Completion, CompletionChunk, Score
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PromptLike: TypeAlias = str | Sequence[int] | Prompt
-
-DEFAULT_MAX_NEW_TOKENS = 512
-
-_SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(Sampling))
-_DEFAULT_FIELDS = tuple(name for name in _SAMPLING_FIELDS if name not in ("logit_bias", "seed", "logprobs"))
 
 
 @final
@@ -50,6 +45,9 @@ class ErnieModel:
         self._loaded = loaded
         self._prompter = Prompter(
             tokenizer=loaded.tokenizer, template=loaded.template, vocab_size=loaded.spec.vocab_size
+        )
+        self._requests = RequestMaker(
+            defaults=loaded.defaults, stop_token_ids=loaded.stop_token_ids, context_tokens=loaded.context_tokens
         )
         # Also runs when the model is dropped without close(), and at interpreter exit.
         self._close = weakref.finalize(self, loaded.runner.close)
@@ -121,7 +119,7 @@ class ErnieModel:
 
     def stream_generate(self, prompt: PromptLike, **options: Unpack[SamplingOptions]) -> ReplyStream[CompletionChunk]:
         """Like `generate`, chunk by chunk; a chunk comes for every token. Leaving the loop cancels."""
-        return ReplyStream(self._reply(self._prompter.from_prompt(prompt), options), _as_is)
+        return ReplyStream(self._reply(self._prompter.from_prompt(prompt), options), _as_is, owner=self)
 
     def batch_generate(
         self, prompts: Sequence[PromptLike | Mapping[str, Any]], **options: Unpack[SamplingOptions]
@@ -140,7 +138,7 @@ class ErnieModel:
         self, prompt: PromptLike, **options: Unpack[SamplingOptions]
     ) -> AsyncReplyStream[CompletionChunk]:
         """The async twin of `stream_generate`: `async for chunk in model.astream_generate(…)`."""
-        return AsyncReplyStream(self._reply(self._prompter.from_prompt(prompt), options), _as_is)
+        return AsyncReplyStream(self._reply(self._prompter.from_prompt(prompt), options), _as_is, owner=self)
 
     async def abatch_generate(
         self, prompts: Sequence[PromptLike | Mapping[str, Any]], **options: Unpack[SamplingOptions]
@@ -161,7 +159,7 @@ class ErnieModel:
 
     def stream_chat(self, messages: Conversation, **options: Unpack[SamplingOptions]) -> ReplyStream[ChatChunk]:
         """Like `chat`, chunk by chunk; a chunk comes for every token. Leaving the loop cancels."""
-        return ReplyStream(self._reply(self.render(messages), options), _chat_chunk)
+        return ReplyStream(self._reply(self.render(messages), options), _chat_chunk, owner=self)
 
     def batch_chat(
         self, conversations: Sequence[Conversation], **options: Unpack[SamplingOptions]
@@ -175,7 +173,7 @@ class ErnieModel:
 
     def astream_chat(self, messages: Conversation, **options: Unpack[SamplingOptions]) -> AsyncReplyStream[ChatChunk]:
         """The async twin of `stream_chat`: `async for chunk in model.astream_chat(…)`."""
-        return AsyncReplyStream(self._reply(self.render(messages), options), _chat_chunk)
+        return AsyncReplyStream(self._reply(self.render(messages), options), _chat_chunk, owner=self)
 
     async def abatch_chat(
         self, conversations: Sequence[Conversation], **options: Unpack[SamplingOptions]
@@ -199,7 +197,7 @@ class ErnieModel:
         """
         return prompt_logits(
             self._loaded.runner,
-            self._fitting(self._prompter.from_prompt(prompt)),
+            self._requests.fitting(self._prompter.from_prompt(prompt)),
             positions,
             self.spec.vocab_size,
         )
@@ -210,7 +208,7 @@ class ErnieModel:
         Raises:
             InvalidRequestError: fewer than two tokens.
         """
-        return prompt_score(self._loaded.runner, self._fitting(self._prompter.from_prompt(text)))
+        return prompt_score(self._loaded.runner, self._requests.fitting(self._prompter.from_prompt(text)))
 
     @property
     def name(self) -> str:
@@ -263,27 +261,35 @@ class ErnieModel:
     def _prompt_replies(
         self, prompts: Sequence[PromptLike | Mapping[str, Any]], shared: SamplingOptions
     ) -> list[Reply]:
-        pairs = []
-        for item in _items(prompts, "prompts"):
+        pairs: list[tuple[Prompt, Mapping[str, Any]]] = []
+        for index, item in enumerate(_items(prompts, "prompts")):
             own: dict[str, Any] = {}
             if isinstance(item, Mapping):
                 own = dict(item)
                 if "prompt" not in own:
-                    raise InvalidRequestError(f"an item has no 'prompt': {item!r}", hint='write {"prompt": …, …}')
+                    raise InvalidRequestError(f"prompts[{index}] has no 'prompt'", hint='write {"prompt": …, …}')
                 item = own.pop("prompt")
-            pairs.append((self._prompter.from_prompt(item), {**shared, **own}))
-        return self._replies(pairs)
+            with _naming(f"prompts[{index}]"):
+                pairs.append((self._prompter.from_prompt(item), {**shared, **own}))
+        return self._replies(pairs, "prompts")
 
     def _chat_replies(self, conversations: Sequence[Conversation], options: SamplingOptions) -> list[Reply]:
-        return self._replies([(self.render(item), {**options}) for item in _items(conversations, "conversations")])
+        pairs: list[tuple[Prompt, Mapping[str, Any]]] = []
+        for index, conversation in enumerate(_items(conversations, "conversations")):
+            with _naming(f"conversations[{index}]"):
+                pairs.append((self.render(conversation), options))
+        return self._replies(pairs, "conversations")
 
-    def _replies(self, pairs: Sequence[tuple[Prompt, Mapping[str, Any]]]) -> list[Reply]:
+    def _replies(self, pairs: Sequence[tuple[Prompt, Mapping[str, Any]]], what: str) -> list[Reply]:
         """Start all, after every prompt and option was checked."""
-        requests = [self._request(prompt, options) for prompt, options in pairs]
+        prepared = []
+        for index, (prompt, options) in enumerate(pairs):
+            with _naming(f"{what}[{index}]"):
+                prepared.append(self._prepared(prompt, options))
         started: list[Reply] = []
         try:
-            for request, (_, options) in zip(requests, pairs, strict=True):
-                started.append(self._started(request, options))
+            for request, assembler in prepared:
+                started.append(self._started(request, assembler))
         except BaseException:
             for reply in started:  # nobody will read these
                 reply.cancel()
@@ -291,54 +297,22 @@ class ErnieModel:
         return started
 
     def _reply(self, prompt: Prompt, options: SamplingOptions) -> Reply:
-        return self._replies([(prompt, {**options})])[0]
+        return self._started(*self._prepared(prompt, options))
 
-    def _started(self, request: TokenRequest, options: Mapping[str, Any]) -> Reply:
-        tokenizer = self._loaded.tokenizer
+    def _prepared(self, prompt: Prompt, options: Mapping[str, Any]) -> tuple[TokenRequest, TextAssembler | None]:
+        request = self._requests.request(prompt, options)
+        stop, tokenizer = stop_texts(options), self._loaded.tokenizer
+        if stop and tokenizer is None:
+            raise no_tokenizer("a stop text")
+        return request, TextAssembler(tokenizer, stop) if tokenizer is not None else None
+
+    def _started(self, request: TokenRequest, assembler: TextAssembler | None) -> Reply:
         return Reply(
             self._loaded.runner.submit(request),
             prompt_tokens=len(request.token_ids),
-            assembler=TextAssembler(tokenizer, _stop_texts(options)) if tokenizer is not None else None,
+            assembler=assembler,
             with_logprobs=request.sampling.logprobs is not None,
         )
-
-    def _request(self, prompt: Prompt, options: Mapping[str, Any]) -> TokenRequest:
-        _check_names(options)
-        if _stop_texts(options) and self._loaded.tokenizer is None:
-            raise no_tokenizer("a stop text")
-        given = {name: options[name] for name in _SAMPLING_FIELDS if options.get(name) is not None}
-        defaults = {name: getattr(self._loaded.defaults, name) for name in _DEFAULT_FIELDS}
-        stop_token_ids = _stop_token_ids(options)
-        if not options.get("ignore_eos", False):
-            stop_token_ids |= self._loaded.stop_token_ids
-        return TokenRequest(
-            token_ids=prompt.token_ids,
-            sampling=Sampling(**{**defaults, **given}),
-            max_new_tokens=self._max_new_tokens(len(prompt.token_ids), options.get("max_new_tokens")),
-            stop_token_ids=stop_token_ids,
-        )
-
-    def _max_new_tokens(self, num_prompt_tokens: int, wanted: int | None) -> int:
-        context = self.context_tokens
-        if wanted is not None and (isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1):
-            raise InvalidRequestError(
-                f"max_new_tokens must be a whole number from 1, not {wanted!r}", hint="leave it out for 512"
-            )
-        if num_prompt_tokens + (wanted or 1) > context:
-            raise ContextLengthError(
-                f"{num_prompt_tokens} prompt tokens and {wanted or 'at least 1'} new ones do not fit "
-                f"the context of {context} tokens",
-                hint="shorten the prompt, lower max_new_tokens=, or load with a larger context_tokens=",
-            )
-        return wanted or min(DEFAULT_MAX_NEW_TOKENS, context - num_prompt_tokens)
-
-    def _fitting(self, prompt: Prompt) -> Prompt:
-        if len(prompt) > self.context_tokens:
-            raise ContextLengthError(
-                f"{len(prompt)} tokens do not fit the context of {self.context_tokens} tokens",
-                hint="shorten the text, or load with a larger context_tokens=",
-            )
-        return prompt
 
 
 def _items(items: Sequence[Any], what: str) -> Sequence[Any]:
@@ -349,35 +323,13 @@ def _items(items: Sequence[Any], what: str) -> Sequence[Any]:
     return items
 
 
-def _check_names(options: Mapping[str, Any]) -> None:
-    known = SamplingOptions.__annotations__
-    for name in options:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"options are {', '.join(known)}"
-            raise InvalidRequestError(f"there is no option {name!r}", hint=hint)
-
-
-def _stop_texts(options: Mapping[str, Any]) -> tuple[str, ...]:
-    stop = options.get("stop")
-    texts = (stop,) if isinstance(stop, str) else () if stop is None else stop
-    if not isinstance(texts, Sequence) or not all(isinstance(text, str) and text for text in texts):
-        raise InvalidRequestError(
-            f"stop must be text or a list of texts, none empty, not {stop!r}", hint='e.g. stop="\\n"'
-        )
-    return tuple(texts)
-
-
-def _stop_token_ids(options: Mapping[str, Any]) -> frozenset[int]:
-    ids = options.get("stop_token_ids")
-    if ids is None:
-        return frozenset()
-    # Sets are as good as lists here: the order says nothing.
-    if not isinstance(ids, Collection) or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-        raise InvalidRequestError(
-            f"stop_token_ids must be a list of whole numbers, not {ids!r}", hint="e.g. stop_token_ids=[2]"
-        )
-    return frozenset(ids)
+@contextmanager
+def _naming(item: str) -> Iterator[None]:
+    """Put the item's place in a list before the message of what is wrong with it."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        raise type(error)(f"{item}: {error.message}", hint=error.hint) from error
 
 
 def _as_is(chunk: CompletionChunk) -> CompletionChunk:

@@ -65,13 +65,13 @@ class Prompter:
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
             raise InvalidRequestError(
                 f"a prompt is text or a sequence of token ids, not {type(prompt).__name__}",
-                hint="for messages use chat(), for many prompts batch_generate()",
+                hint="for an array or tensor give .tolist(), for messages use chat(), for many prompts batch_generate()",
             )
         for token_id in prompt:
             if isinstance(token_id, bool) or not isinstance(token_id, int):
                 raise InvalidRequestError(
                     f"a token id must be a whole number, not {token_id!r}",
-                    hint="for messages use chat(), for many prompts batch_generate()",
+                    hint="for an array or tensor give .tolist(), for messages use chat(), for many prompts batch_generate()",
                 )
             if not 0 <= token_id < self._vocab_size:
                 raise InvalidRequestError(
@@ -107,6 +107,12 @@ def _checked_message(index: int, message: object) -> Message:
     if message["role"] not in ROLES:
         raise InvalidRequestError(
             f"message {index} has the unknown role {message['role']!r}", hint=f"roles are {', '.join(ROLES)}"
+        )
+    unknown = sorted(str(key) for key in message if key not in ("role", "content"))
+    if unknown:
+        raise InvalidRequestError(
+            f"message {index} has {', '.join(map(repr, unknown))}, which this version cannot send to a model",
+            hint='a message has "role" and "content"',
         )
     return {"role": message["role"], "content": _text_of(index, message["content"])}
 

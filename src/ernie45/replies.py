@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar, final
 
 from typing_extensions import Self
 
-from ernie45.runners.base import Handle
+from ernie45.runners.base import Handle, wait_until_ready
 from ernie45.tokenizer import TextAssembler
 from ernie45.types.results import Completion, CompletionChunk, FinishReason, TokenEvent, TokenLogprob, Usage
 
@@ -109,9 +108,10 @@ class Reply:
 class ReplyStream(Generic[T_co]):
     """An iterator over a reply's chunks. Leaving it early (`break`, `close()`, `with`, or letting go of it) cancels."""
 
-    def __init__(self, reply: Reply, convert: Callable[[CompletionChunk], T_co]) -> None:
+    def __init__(self, reply: Reply, convert: Callable[[CompletionChunk], T_co], *, owner: object) -> None:
         self._reply = reply
         self._convert = convert
+        self._owner = owner  # a model that nobody else holds lives as long as its streams
 
     def __iter__(self) -> Self:
         return self
@@ -120,9 +120,7 @@ class ReplyStream(Generic[T_co]):
         if self._reply.finished:
             raise StopIteration
         while (chunk := self._reply.poll()) is None:
-            ready = threading.Event()
-            self._reply.handle.notify(ready.set)
-            ready.wait()
+            wait_until_ready(self._reply.handle)
         return self._convert(chunk)
 
     def close(self) -> None:
@@ -145,9 +143,10 @@ class ReplyStream(Generic[T_co]):
 class AsyncReplyStream(Generic[T_co]):
     """The async twin of ReplyStream: cancelling the task that reads it cancels the reply."""
 
-    def __init__(self, reply: Reply, convert: Callable[[CompletionChunk], T_co]) -> None:
+    def __init__(self, reply: Reply, convert: Callable[[CompletionChunk], T_co], *, owner: object) -> None:
         self._reply = reply
         self._convert = convert
+        self._owner = owner  # a model that nobody else holds lives as long as its streams
 
     def __aiter__(self) -> Self:
         return self
@@ -187,7 +186,7 @@ class AsyncReplyStream(Generic[T_co]):
 
 
 def collect(replies: Sequence[Reply]) -> list[Completion]:
-    """Wait for all replies, reading each as it goes so that none pauses; an error or interrupt cancels the rest."""
+    """Wait for all replies, reading each as it goes; an error or interrupt cancels the rest."""
     ready: queue.SimpleQueue[Reply] = queue.SimpleQueue()
     remaining = 0
     try:
@@ -221,7 +220,7 @@ async def collect_async(replies: Sequence[Reply]) -> list[Completion]:
 
 
 async def _drain(reply: Reply) -> None:
-    async for _ in AsyncReplyStream(reply, lambda chunk: chunk):
+    async for _ in AsyncReplyStream(reply, lambda chunk: chunk, owner=None):
         pass
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ernie45.devices import free_bytes
 from ernie45.errors import InvalidRequestError, OutOfMemoryError
-from ernie45.runners.base import Runner
+from ernie45.runners.base import Runner, wait_until_ready
 from ernie45.types.prompts import Prompt
 from ernie45.types.requests import TokenRequest
 from ernie45.types.results import Score
@@ -33,8 +32,8 @@ def prompt_logits(runner: Runner, prompt: Prompt, positions: Sequence[int] | Non
             hint="ask for fewer positions=",
         )
     if not ascending:
-        return torch.empty((0, vocab_size))
-    result = torch.empty((len(ascending), vocab_size))
+        return torch.empty((0, vocab_size), dtype=torch.float32, device="cpu")
+    result = torch.empty((len(ascending), vocab_size), dtype=torch.float32, device="cpu")
     filled = 0
     for logits in _scoring_chunks(runner, prompt, ascending):
         result[filled : filled + len(logits)] = logits
@@ -56,7 +55,7 @@ def prompt_score(runner: Runner, prompt: Prompt) -> Score:
             f"a score needs at least two tokens, not {len(prompt)}",
             hint="the first token has nothing before it",
         )
-    following = torch.tensor(prompt.token_ids[1:])
+    following = torch.tensor(prompt.token_ids[1:], device="cpu")
     logprobs: list[float] = []
     for logits in _scoring_chunks(runner, prompt, range(len(prompt) - 1)):
         next_ids = following[len(logprobs) : len(logprobs) + len(logits), None]
@@ -75,9 +74,7 @@ def _scoring_chunks(runner: Runner, prompt: Prompt, positions: Sequence[int]) ->
     try:
         while True:
             while (event := handle.poll()) is None:
-                ready = threading.Event()
-                handle.notify(ready.set)
-                ready.wait()
+                wait_until_ready(handle)
             if event.logits is not None:
                 yield event.logits.cpu()
             if event.finish_reason is not None:

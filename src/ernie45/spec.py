@@ -58,7 +58,8 @@ class ModelSpec:
     """The shape and constants of one model.
 
     `head_dim` is independent of `hidden_size / num_heads`. `tied` is the config's word on whether the output head is
-    the embedding; the files decide (an `lm_head.weight` of its own is used). `dtype` is the checkpoint's.
+    the embedding, None if it says nothing; the files decide (a stored `lm_head.weight` is used). `dtype` is the
+    checkpoint's.
     """
 
     model_type: str
@@ -73,7 +74,7 @@ class ModelSpec:
     rms_norm_eps: float
     rope_theta: float
     use_bias: bool
-    tied: bool
+    tied: bool | None
     dtype: DtypeName
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
@@ -117,11 +118,10 @@ def parse_spec(config: Mapping[str, Any]) -> ModelSpec:
         head_dim=_positive_int(config, "head_dim", default=hidden_size // num_heads),
         vocab_size=_positive_int(config, "vocab_size"),
         max_context_tokens=_positive_int(config, "max_position_embeddings", default=131072),
-        rms_norm_eps=_positive_float(config, "rms_norm_eps", default=1e-5),
+        rms_norm_eps=_positive_float(config, "rms_norm_eps"),
         rope_theta=_rope_theta(config),
-        use_bias=_bool(config, "use_bias", default=False),
-        # The original remote code's default, when the key is absent, is untied.
-        tied=_bool(config, "tie_word_embeddings", default=False),
+        use_bias=_bool(config, "use_bias") or False,
+        tied=_bool(config, "tie_word_embeddings"),
         dtype=_dtype(config),
         bos_token_id=_token_id(config, "bos_token_id"),
         eos_token_ids=_token_ids(config, "eos_token_id"),
@@ -196,9 +196,7 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
             f"config.json: rope_parameters {dict(parameters)!r} ask for something else than plain rotary embeddings",
             hint="ernie45 computes rope_type 'default' with rope_theta alone",
         )
-    if "rope_theta" in parameters:
-        return _positive_float(parameters, "rope_theta", default=500000.0)
-    return _positive_float(config, "rope_theta", default=500000.0)
+    return _positive_float(parameters if "rope_theta" in parameters else config, "rope_theta")
 
 
 def _dtype(config: Mapping[str, Any]) -> DtypeName:
@@ -209,11 +207,15 @@ def _dtype(config: Mapping[str, Any]) -> DtypeName:
     raise ConfigError(f"config.json: dtype {name!r} is unknown", hint=f"known are {', '.join(DTYPE_NAMES)}")
 
 
+def _missing(key: str) -> ConfigError:
+    return ConfigError(f"config.json: {key} is missing", hint="the file is incomplete; download it again")
+
+
 def _positive_int(config: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
     value = config.get(key)
     if value is None:
         if default is None:
-            raise ConfigError(f"config.json: {key} is missing", hint="the file is incomplete; download it again")
+            raise _missing(key)
         value = default
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
         raise ConfigError(f"config.json: {key} is {value!r}", hint="it must be a whole number above 0")
@@ -227,18 +229,19 @@ def _number(config: Mapping[str, Any], key: str) -> float:
     return float(value)
 
 
-def _positive_float(config: Mapping[str, Any], key: str, *, default: float) -> float:
-    value = default if config.get(key) is None else _number(config, key)
+def _positive_float(config: Mapping[str, Any], key: str) -> float:
+    # Without a default: the tensors' shapes show a wrong width, but nothing would show a wrong constant.
+    if config.get(key) is None:
+        raise _missing(key)
+    value = _number(config, key)
     if not 0 < value < float("inf"):
         raise ConfigError(f"config.json: {key} is {value!r}", hint="it must be above 0")
     return value
 
 
-def _bool(config: Mapping[str, Any], key: str, *, default: bool) -> bool:
+def _bool(config: Mapping[str, Any], key: str) -> bool | None:
     value = config.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
+    if value is not None and not isinstance(value, bool):
         raise ConfigError(f"config.json: {key} is {value!r}", hint="it must be true or false")
     return value
 

@@ -40,7 +40,8 @@ def spec(**changes: object) -> ModelSpec:
         "num_key_value_heads": 2,
         "head_dim": 64,
         "vocab_size": 300,
-        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
     }
     return parse_spec({**config, **changes})
 
@@ -88,8 +89,15 @@ def test_it_asks_for_every_published_tensor_in_its_shape() -> None:
     assert source.asked == {**expected, "model.embed_tokens.weight": (300, 256), "model.norm.weight": (256,)}
 
 
-def test_a_head_of_its_own_is_read_unless_the_config_ties_it() -> None:
-    for tied, stored, read in [(False, True, True), (True, True, False), (False, False, False)]:
+def test_a_stored_head_is_used_whatever_the_config_says_and_asked_for_when_it_is_untied() -> None:
+    for tied, stored, read in [
+        (False, True, True),
+        (True, True, True),
+        (None, True, True),
+        (False, False, True),  # a real source says that it is missing
+        (True, False, False),
+        (None, False, False),
+    ]:
         source = RandomTensors(*["lm_head.weight"] * stored)
         build(source, spec(tie_word_embeddings=tied))
         assert ("lm_head.weight" in source.asked) == read

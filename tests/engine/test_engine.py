@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,14 +13,16 @@ import torch
 from ernie45.backends.base import Batch, Step
 from ernie45.engine.engine import PREFILL_CHUNK_TOKENS, Engine
 from ernie45.engine.stream import TokenStream
-from ernie45.errors import ModelClosedError
+from ernie45.errors import CorruptFileError, ModelClosedError, UnsupportedError
 from ernie45.spec import ModelSpec, parse_spec
 from ernie45.types.requests import Sampling, TokenRequest
 from ernie45.types.results import TokenEvent
 
 VOCAB_SIZE = 50
 NUM_TOKEN_IDS = 40
-POISON_ID = 13
+# Ids that only a prompt can hold, since they are never drawn.
+POISON_ID = 45
+NAN_ID = 47
 STOP_ID = 7
 
 
@@ -35,6 +38,8 @@ class CountingBackend:
                 "num_hidden_layers": 1,
                 "num_attention_heads": 1,
                 "head_dim": 2,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 10000.0,
                 "vocab_size": VOCAB_SIZE,
             }
         )
@@ -50,7 +55,9 @@ class CountingBackend:
         if POISON_ID in batch.token_ids.tolist():
             raise ArithmeticError("poisoned")
         following = (batch.token_ids[batch.wanted] + 1) % VOCAB_SIZE
-        return Step(logits=torch.nn.functional.one_hot(following, VOCAB_SIZE).float())
+        logits = torch.nn.functional.one_hot(following, VOCAB_SIZE).float()
+        logits[batch.token_ids[batch.wanted] == NAN_ID] = torch.nan
+        return Step(logits=logits)
 
 
 @pytest.fixture
@@ -144,15 +151,42 @@ def test_a_long_prompt_does_not_hold_up_running_rows(engine: Engine, backend: Co
     assert kinds[first : first + 6] == ["prefill", "decode"] * 3
 
 
-def test_a_slow_reader_pauses_only_its_own_row(engine: Engine) -> None:
-    unread = engine.submit(request(1, max_new_tokens=2000, logit_bias={3: 100.0}))
-    for _ in range(5):
-        assert drain(engine.submit(request(20)))[1] == "length"
-    assert eventually(lambda: not unread.has_room)
-    assert len(drain(unread)[0]) == 2000, "a paused row goes on once it is read"
+def test_readers_who_do_not_read_keep_nobody_from_a_slot(engine: Engine) -> None:
+    unread = [engine.submit(request(1, max_new_tokens=200, logit_bias={3: 100.0})) for _ in range(2)]
+    assert drain(engine.submit(request(20)))[1] == "length"
+    assert [len(drain(stream)[0]) for stream in unread] == [200, 200], "and they lose nothing"
 
 
-def test_cancelling_frees_the_slot_of_a_running_a_paused_and_a_waiting_request(engine: Engine) -> None:
+def test_a_scoring_row_waits_for_its_reader(engine: Engine, backend: CountingBackend) -> None:
+    prompt = tuple([1] * (4 * PREFILL_CHUNK_TOKENS))
+    stream = engine.submit(TokenRequest(token_ids=prompt, logit_positions=(0, 600, 1200, 2000)))
+    assert eventually(lambda: not stream.has_room)
+    time.sleep(0.05)
+    assert len(backend.steps) == 2, "no more chunks' logits are made than the queue holds"
+    assert drain(stream)[1] == "stop"
+
+
+def test_logits_that_are_not_numbers_end_their_own_row_only(engine: Engine) -> None:
+    healthy, broken = engine.submit(request(20, max_new_tokens=8)), engine.submit(request(NAN_ID))
+    with pytest.raises(CorruptFileError, match="nan"):
+        drain(broken)
+    assert len(drain(healthy)[0]) == 8
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() on this system")
+def test_a_forked_child_is_told_so_instead_of_waiting_forever(engine: Engine) -> None:
+    child = os.fork()
+    if child == 0:
+        try:
+            engine.close()  # returns, although nobody could join the thread
+            engine.submit(request(1))
+        except UnsupportedError as error:
+            os._exit(0 if "fork" in error.message else 2)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_cancelling_frees_the_slots_of_running_and_waiting_requests(engine: Engine) -> None:
     endless = [engine.submit(request(1, max_new_tokens=2000, logit_bias={3: 100.0})) for _ in range(3)]
     next_event(endless[0])
     assert eventually(lambda: engine.num_free_slots == 0)

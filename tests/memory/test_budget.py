@@ -23,6 +23,8 @@ def spec_of(**entries: Any) -> ModelSpec:
         "head_dim": 128,
         "vocab_size": 103424,
         "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000,
     }
     return parse_spec({**config, **entries})
 
@@ -82,7 +84,8 @@ def test_rows_give_way_before_tokens() -> None:
     assert budget(5 * row_bytes) == Budget(context_tokens=8192, max_batch=5)
     assert budget(6 * row_bytes - 1) == Budget(context_tokens=8192, max_batch=5)
     assert budget(row_bytes - 1) == Budget(context_tokens=8191, max_batch=1)
-    assert budget(18_432) == Budget(context_tokens=1, max_batch=1)
+    assert budget(256 * 18_432) == Budget(context_tokens=256, max_batch=1)
+    assert budget(64 * 18_432, entries={"max_position_embeddings": 64}) == Budget(context_tokens=64, max_batch=1)
 
 
 def test_weights_take_their_part_first() -> None:
@@ -103,7 +106,7 @@ def test_what_is_asked_for_is_kept() -> None:
     [
         (GIB, 2 * GIB, {}),
         (GIB, GIB, {}),
-        (GIB + 18_431, GIB, {}),
+        (GIB + 256 * 18_432 - 1, GIB, {}),
         (3 * GIB, 1 * GIB, {"context_tokens": 131072}),
         (3 * GIB, 1 * GIB, {"max_batch": 10**6}),
         (3 * GIB, 1 * GIB, {"context_tokens": 100_000, "max_batch": 2}),

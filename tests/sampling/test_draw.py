@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ernie45.errors import CorruptFileError
-from ernie45.sampling.draw import greedy_token, greedy_tokens, sampled_token
+from ernie45.sampling.draw import check_finite, greedy_token, greedy_tokens, sampled_token
 from ernie45.types.requests import Sampling
 
 PLAIN = Sampling(temperature=1.0, top_p=1.0)
@@ -22,7 +22,7 @@ def test_greedy_takes_the_lowest_of_equal_ids() -> None:
 
 def test_greedy_tokens_takes_each_row_within_the_tokenizer() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 9.0], [-1.0, -2.0, -math.inf, 9.0]])
-    assert greedy_tokens(logits, 3) == [1, 0]
+    assert [best.token_id for best in greedy_tokens(logits, 3)] == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_logits_that_are_not_finite_are_refused(values: list[float], found: str)
     logits = torch.tensor(values)
     draws: list[Callable[[], object]] = [
         lambda: greedy_token(logits),
-        lambda: greedy_tokens(torch.stack([torch.zeros(3), logits]), 3),
+        lambda: check_finite(greedy_tokens(torch.stack([torch.zeros(3), logits]), 3)[1].logit),
         lambda: sampled_token(logits, PLAIN, 0.5),
         lambda: sampled_token(logits, Sampling(top_p=0.8), 0.5),
         lambda: sampled_token(logits, Sampling(top_k=2), 0.5),

@@ -115,14 +115,14 @@ class _Builder:
         return Linear(weight, bias)
 
     def head(self, embedding: Tensor) -> Linear:
-        """The files decide: an output head of its own is used, else the embedding serves."""
+        """The files decide: an output head of its own is used, whatever the config says, else the embedding serves."""
         spec = self.spec
         bias = None
         if "lm_head.bias" in self.source:
             bias = self.tensor((spec.vocab_size,), "lm_head.bias")
-        if spec.tied or "lm_head.weight" not in self.source:
-            return Linear(embedding, bias, pack=False)  # packing would double it: the embedding is looked up by row
-        return Linear(self.tensor((spec.vocab_size, spec.hidden_size), "lm_head.weight"), bias)
+        if "lm_head.weight" in self.source or spec.tied is False:
+            return Linear(self.tensor((spec.vocab_size, spec.hidden_size), "lm_head.weight"), bias)
+        return Linear(embedding, bias, pack=False)  # packing would double it: the embedding is looked up by row
 
     def norm(self, name: str) -> Norm:
         return Norm(weight=self.tensor((self.spec.hidden_size,), name), eps=self.spec.rms_norm_eps)

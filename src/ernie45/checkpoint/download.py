@@ -47,7 +47,7 @@ def download(blob: Blob, headers: dict[str, str], advance: Advance, stopping: th
     """
     with blob.partial.open("ab") as file:
         if file.tell() > blob.num_bytes:
-            file.truncate(0)
+            _empty(file)
         advance(file.tell())
         fruitless_tries = 0
         while file.tell() < blob.num_bytes and not stopping.is_set():
@@ -82,17 +82,22 @@ def _append_rest(
         headers=headers,
         timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
         retry_on_exceptions=(),
-        retry_on_status_codes=(408, 429),
+        retry_on_status_codes=(408, 429, 502, 503, 504),
     ) as response:
         hf_raise_for_status(response)
         if start and response.status_code != 206:  # this server sends the whole file whatever the range
-            file.truncate(0)
+            _empty(file)
             advance(-start)
         for chunk in response.iter_bytes():
             file.write(chunk)
             advance(len(chunk))
             if stopping.is_set():
                 return
+
+
+def _empty(file: BinaryIO) -> None:
+    file.seek(0)  # or tell() would go on from the old end
+    file.truncate()
 
 
 def _check_content(blob: Blob) -> None:

@@ -102,7 +102,7 @@ class TensorReader:
 
     def _read_staged(self, info: TensorInfo, out: torch.Tensor, stored: torch.dtype) -> None:
         block_elements = BLOCK_BYTES // stored.itemsize
-        staging = torch.empty(min(out.numel(), block_elements), dtype=stored)
+        staging = torch.empty(min(out.numel(), block_elements), dtype=stored, device="cpu")
         offset = 0
         for block in _blocks(out, block_elements):
             part = staging[: block.numel()]

@@ -30,6 +30,10 @@ def resolve(
     Raises ModelNotFoundError, AccessDeniedError or HubUnreachableError, CorruptFileError for a file that came
     damaged, and CheckpointError when the disk is full or there are no safetensors weights.
     """
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise InvalidRequestError(
+            f"a model is named by text or a path, not {type(name_or_path).__name__}", hint='e.g. "ernie45/tiny-dense"'
+        )
     if not isinstance(name_or_path, str):
         return _existing_folder(Path(name_or_path))
     name = name_or_path.strip()

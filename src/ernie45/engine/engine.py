@@ -6,6 +6,7 @@ token for every running row. Requests join and leave between steps.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -17,16 +18,16 @@ from torch import Tensor
 from ernie45.backends.base import Backend, Batch, KVCache, Row
 from ernie45.engine.sequence import Sequence
 from ernie45.engine.stream import TokenStream
-from ernie45.errors import ModelClosedError
-from ernie45.sampling import Drawn, build_sampler, greedy_tokens
+from ernie45.errors import ModelClosedError, UnsupportedError
+from ernie45.sampling import Drawn, build_sampler, check_finite, greedy_tokens
 from ernie45.types.requests import TokenRequest
 
 # Prompts are run in chunks whose edges are multiples of this, whatever else is running, so that a prompt's numbers
 # depend on the prompt alone. It is also the most prompt tokens run between two decode steps.
 PREFILL_CHUNK_TOKENS = 512
 
-# How far a row may run ahead of its reader before it pauses. Scoring events hold a chunk's logits, so few of them.
-_STREAM_CAPACITY = 64
+# A reply's queue holds all its tokens, so that a reader who is slow, or waits for another reply, never holds a slot.
+# Events of a scoring request hold a chunk's logits each, so there it is the row that waits for the reader.
 _SCORING_CAPACITY = 2
 
 
@@ -53,6 +54,8 @@ class Engine:
         self._active: list[Sequence] = []
         self._changed = threading.Condition()
         self._closed = False
+        self._woken = False
+        self._process_id = os.getpid()
         self._thread = threading.Thread(target=self._run, name="ernie45-engine", daemon=True)
         self._thread.start()
 
@@ -61,8 +64,9 @@ class Engine:
         return len(self._free_slots)
 
     def submit(self, request: TokenRequest) -> TokenStream:
-        """Queue a request. Raises ModelClosedError after close()."""
-        capacity = _STREAM_CAPACITY if request.logit_positions is None else _SCORING_CAPACITY
+        """Queue a request. Raises ModelClosedError after close(), UnsupportedError in a forked child."""
+        self._check_process()
+        capacity = request.max_new_tokens if request.logit_positions is None else _SCORING_CAPACITY
         stream = TokenStream(capacity=capacity, wake_producer=self._wake)
         sampler = build_sampler(
             request.sampling,
@@ -81,11 +85,26 @@ class Engine:
 
     def close(self) -> None:
         """End every request with ModelClosedError, stop the thread and let go of the weights. Safe to repeat."""
+        if os.getpid() != self._process_id:
+            return  # a forked child has neither the thread nor, perhaps, a free lock
         with self._changed:
             self._closed = True
             self._changed.notify()
         if self._thread is not threading.current_thread():
             self._thread.join()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process_id:
+            raise UnsupportedError(
+                "a model does not survive fork(): its engine thread is in the parent process",
+                hint="load the model in the child process, or start children with multiprocessing's 'spawn'",
+            )
+
+    def _wake(self) -> None:
+        """A reader cancelled or made room."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify()
 
     # Everything below runs on the engine's thread.
 
@@ -111,10 +130,6 @@ class Engine:
             self._waiting.clear()
             del self._backend, self._cache
 
-    def _wake(self) -> None:
-        with self._changed:
-            self._changed.notify()
-
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False once the engine is closed."""
         with self._changed:
@@ -122,14 +137,15 @@ class Engine:
             return not self._closed
 
     def _has_work(self) -> bool:
-        if any(sequence.stream.cancelled for sequence in (*self._active, *self._waiting)):
-            return True
-        if self._waiting and self._free_slots:
+        if self._woken or (self._waiting and self._free_slots):
             return True
         return any(sequence.stream.has_room for sequence in self._active)
 
     def _drop_cancelled(self) -> None:
         with self._changed:
+            if not self._woken:
+                return
+            self._woken = False
             dropped = [s for s in self._waiting if s.stream.cancelled]
             self._waiting = deque(s for s in self._waiting if not s.stream.cancelled)
         for sequence in dropped:
@@ -181,8 +197,10 @@ class Engine:
         logits = self._forward([(sequence, 1) for sequence in rows], list(range(len(rows))))
         if all(sequence.sampler.is_plain_greedy for sequence in rows):
             # One pass over all rows: half the time of one after the other.
-            for sequence, token_id in zip(rows, greedy_tokens(logits, self._num_token_ids), strict=True):
-                sequence.accept(Drawn(token_id=token_id))
+            for sequence, best in zip(rows, greedy_tokens(logits, self._num_token_ids), strict=True):
+                with self._guard([sequence]):
+                    check_finite(best.logit)
+                    sequence.accept(Drawn(token_id=best.token_id))
             return
         for sequence, row in zip(rows, logits, strict=True):
             with self._guard([sequence]):

@@ -12,8 +12,8 @@ from ernie45.types.results import TokenEvent
 class TokenStream:
     """Events of one request, in order. The engine puts, one reader polls; either side may be any thread.
 
-    The queue is bounded by courtesy: the engine puts only while `has_room`, so a slow reader pauses its own row and
-    nobody else's. `wake_producer` is called when room appears or the reader cancels.
+    The queue is bounded by courtesy: the engine puts only while `has_room`. `wake_producer` is called when room
+    appears or the reader cancels.
     """
 
     def __init__(self, *, capacity: int, wake_producer: Callable[[], None]) -> None:
@@ -22,7 +22,7 @@ class TokenStream:
         self._wake_producer = wake_producer
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
-        self._on_event: Callable[[], None] | None = None
+        self._on_event: list[Callable[[], None]] = []
         self.cancelled = False
 
     # the engine's side
@@ -41,8 +41,8 @@ class TokenStream:
     def _deliver(self, change: Callable[[], None]) -> None:
         with self._lock:
             change()
-            callback, self._on_event = self._on_event, None
-        if callback is not None:
+            callbacks, self._on_event = self._on_event, []
+        for callback in callbacks:
             callback()
 
     # the reader's side
@@ -65,7 +65,7 @@ class TokenStream:
         with self._lock:
             ready = bool(self._events) or self._failure is not None
             if not ready:
-                self._on_event = callback
+                self._on_event.append(callback)
         if ready:
             callback()
 

@@ -10,6 +10,8 @@ from ernie45.spec import ModelSpec
 
 DEFAULT_CONTEXT_TOKENS = 8192
 DEFAULT_MAX_BATCH = 32
+# A context chosen for the caller is no shorter than this; nobody can work with less.
+MIN_CONTEXT_TOKENS = 256
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
@@ -70,11 +72,11 @@ def fit(
     room_tokens = (memory_bytes - weight_bytes) // bytes_per_token
     rows = max_batch or max(1, min(DEFAULT_MAX_BATCH, room_tokens // tokens))
     if context_tokens is None:
-        tokens = min(tokens, room_tokens // rows)
-    if tokens < 1 or rows * tokens > room_tokens:
-        needed = weight_bytes + rows * max(tokens, 1) * bytes_per_token
+        tokens = max(min(tokens, room_tokens // rows), min(tokens, MIN_CONTEXT_TOKENS))
+    if rows * tokens > room_tokens:
+        needed = weight_bytes + rows * tokens * bytes_per_token
         raise OutOfMemoryError(
-            f"this needs {_gib(needed)} (weights {_gib(weight_bytes)}, KV cache for {rows} x {max(tokens, 1)} tokens "
+            f"this needs {_gib(needed)} (weights {_gib(weight_bytes)}, KV cache for {rows} x {tokens} tokens "
             f"{_gib(needed - weight_bytes)}), and there are {_gib(memory_bytes)}",
             hint="give a smaller context_tokens= or max_batch=, more memory=, or choose a smaller model",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Protocol
 
@@ -36,3 +37,10 @@ class Runner(Protocol):
     def close(self) -> None:
         """Free everything. Requests under way fail with ModelClosedError. Safe to repeat."""
         ...
+
+
+def wait_until_ready(handle: Handle) -> None:
+    """Sleep until `handle.poll` has something to give."""
+    ready = threading.Event()
+    handle.notify(ready.set)
+    ready.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,19 +38,21 @@ def greedy_token(logits: Tensor) -> int:
     return token_id
 
 
-def greedy_tokens(logits: Tensor, num_token_ids: int) -> list[int]:
-    """Return `greedy_token` of each row of `logits` [B, V] at once, among the first `num_token_ids` ids.
+class Best(NamedTuple):
+    """The highest logit of a row and whose it is."""
 
-    For rows whose sampler says `is_plain_greedy`: they share all threads, or one wait for the device.
+    token_id: int
+    logit: float
 
-    Raises:
-        CorruptFileError: a row holds NaN or +inf, or nothing but -inf.
+
+def greedy_tokens(logits: Tensor, num_token_ids: int) -> list[Best]:
+    """Return the highest of each row of `logits` [B, V] at once, among the first `num_token_ids` ids.
+
+    For rows whose sampler says `is_plain_greedy`: many rows share one pass over the threads, or one wait for the device.
+    The caller puts each `logit` through `check_finite`, so that one bad row is its own affair.
     """
-    allowed = logits[:, :num_token_ids]
-    token_ids = allowed.argmax(dim=-1, keepdim=True)
-    for best in allowed.gather(1, token_ids)[:, 0].tolist():
-        check_finite(best)
-    return [int(token_id) for token_id in token_ids[:, 0].tolist()]
+    best = logits[:, :num_token_ids].max(dim=-1)
+    return [Best(*pair) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
 
 def sampled_token(logits: Tensor, sampling: Sampling, uniform: float) -> int:

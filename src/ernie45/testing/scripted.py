@@ -22,7 +22,7 @@ def scripted_model(replies: Sequence[str]) -> ErnieModel:
     checked, replies are streamed token by token, stop texts and `max_new_tokens` cut them. Asking for more replies than
     the script has raises InvalidRequestError.
     """
-    if isinstance(replies, str) or not all(isinstance(reply, str) for reply in replies):
+    if not isinstance(replies, (list, tuple)) or not all(isinstance(reply, str) for reply in replies):
         raise InvalidRequestError(f"replies must be a list of texts, not {replies!r}", hint='e.g. ["Hello!"]')
     entry = catalogue.find("ernie45/tiny-dense")
     assert entry is not None

@@ -97,9 +97,8 @@ class Sampling:
 class TokenRequest:
     """One request to a runner: token ids in, token events out.
 
-    `max_new_tokens` is the reply's limit in tokens, `stop_token_ids` end it (unless `ignore_eos` was asked, then it is
-    empty). With `logit_positions` (ascending) the request scores its prompt instead: its events carry those positions'
-    logits and nothing is generated.
+    `max_new_tokens` is the reply's limit in tokens, `stop_token_ids` end it. With `logit_positions` (ascending) the
+    request scores its prompt instead: its events carry those positions' logits and nothing is generated.
     """
 
     token_ids: tuple[int, ...]
@@ -110,7 +109,7 @@ class TokenRequest:
 
 
 def _check(name: str, value: object, low: float, high: float, hint: str, *, low_open: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise InvalidRequestError(f"{name} must be a number, not {value!r}", hint=hint)
     too_low = value <= low if low_open else value < low
     if too_low or value > high or math.isinf(value):

@@ -1,0 +1,108 @@
+"""From keyword options to a TokenRequest: names and values checked, defaults filled in, the context respected."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ernie45.errors import ContextLengthError, InvalidRequestError
+from ernie45.spec import GenerationDefaults
+from ernie45.types.prompts import Prompt
+from ernie45.types.requests import Sampling, SamplingOptions, TokenRequest
+
+DEFAULT_MAX_NEW_TOKENS = 512
+
+_SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(Sampling))
+_DEFAULT_FIELDS = tuple(name for name in _SAMPLING_FIELDS if name not in ("logit_bias", "seed", "logprobs"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestMaker:
+    """Makes the requests of one model: its `defaults`, the ids that end its replies, its context in tokens."""
+
+    defaults: GenerationDefaults
+    stop_token_ids: frozenset[int]
+    context_tokens: int
+
+    def request(self, prompt: Prompt, options: Mapping[str, Any]) -> TokenRequest:
+        """Check `options` (those of SamplingOptions) and complete them with the defaults.
+
+        Raises:
+            InvalidRequestError: an unknown option, or a value that cannot be used.
+            ContextLengthError: prompt and `max_new_tokens` do not fit the context.
+        """
+        _check_names(options)
+        given = {name: options[name] for name in _SAMPLING_FIELDS if options.get(name) is not None}
+        defaults = {name: getattr(self.defaults, name) for name in _DEFAULT_FIELDS}
+        stop_token_ids = _stop_token_ids(options.get("stop_token_ids"))
+        if not _flag("ignore_eos", options.get("ignore_eos")):
+            stop_token_ids |= self.stop_token_ids
+        return TokenRequest(
+            token_ids=prompt.token_ids,
+            sampling=Sampling(**{**defaults, **given}),
+            max_new_tokens=self._max_new_tokens(len(prompt), options.get("max_new_tokens")),
+            stop_token_ids=stop_token_ids,
+        )
+
+    def fitting(self, prompt: Prompt) -> Prompt:
+        """The prompt itself, if it fits the context. Raises ContextLengthError."""
+        if len(prompt) > self.context_tokens:
+            raise ContextLengthError(
+                f"{len(prompt)} tokens do not fit the context of {self.context_tokens} tokens",
+                hint="shorten the text, or load with a larger context_tokens=",
+            )
+        return prompt
+
+    def _max_new_tokens(self, num_prompt_tokens: int, wanted: object) -> int:
+        if wanted is not None and (isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1):
+            raise InvalidRequestError(
+                f"max_new_tokens must be a whole number from 1, not {wanted!r}", hint="leave it out for 512"
+            )
+        if num_prompt_tokens + (wanted or 1) > self.context_tokens:
+            raise ContextLengthError(
+                f"{num_prompt_tokens} prompt tokens and {wanted or 'at least 1'} new ones do not fit "
+                f"the context of {self.context_tokens} tokens",
+                hint="shorten the prompt, lower max_new_tokens=, or load with a larger context_tokens=",
+            )
+        return wanted or min(DEFAULT_MAX_NEW_TOKENS, self.context_tokens - num_prompt_tokens)
+
+
+def stop_texts(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The `stop` option as a tuple. Raises InvalidRequestError where it is neither text nor texts, or one is empty."""
+    stop = options.get("stop")
+    texts = (stop,) if isinstance(stop, str) else () if stop is None else stop
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) and text for text in texts):
+        raise InvalidRequestError(
+            f"stop must be text or a list of texts, none empty, not {stop!r}",
+            hint='e.g. stop=["\\n\\n", "User:"]; token ids go to stop_token_ids',
+        )
+    return tuple(texts)
+
+
+def _check_names(options: Mapping[Any, Any]) -> None:
+    known = SamplingOptions.__annotations__
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"options are {', '.join(known)}"
+            raise InvalidRequestError(f"there is no option {name!r}", hint=hint)
+
+
+def _stop_token_ids(ids: object) -> frozenset[int]:
+    if ids is None:
+        return frozenset()
+    # Sets are as good as lists here: the order says nothing.
+    if not isinstance(ids, Collection) or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise InvalidRequestError(
+            f"stop_token_ids must be a list of whole numbers, not {ids!r}", hint="e.g. stop_token_ids=[2]"
+        )
+    return frozenset(ids)
+
+
+def _flag(name: str, value: object) -> bool:
+    if value is not None and not isinstance(value, bool):
+        raise InvalidRequestError(f"{name} must be True or False, not {value!r}", hint="leave it out for False")
+    return bool(value)

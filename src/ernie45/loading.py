@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ernie45.backends.dense import build_dense
+from ernie45.backends.dense import DenseBackend, build_dense
 from ernie45.checkpoint.headers import read_headers, read_json
-from ernie45.checkpoint.progress import byte_progress
+from ernie45.checkpoint.progress import Advance, byte_progress
 from ernie45.checkpoint.read import TensorReader
 from ernie45.checkpoint.resolve import resolve
 from ernie45.checkpoint.survey import HeaderSurvey
@@ -118,12 +120,15 @@ def _load_folder(
     )
     tokenizer, template = _text_side(folder, spec)
     with byte_progress(f"Loading {folder.name}", survey.read_bytes, show=progress) as advance:
-        backend = build_dense(
-            spec,
-            TensorReader(index, advance=advance),
-            dtype=torch_dtype,
-            device=device,
-            context_tokens=budget.context_tokens,
+        backend = _on_passing_thread(
+            lambda advance: build_dense(
+                spec,
+                TensorReader(index, advance=advance),
+                dtype=torch_dtype,
+                device=device,
+                context_tokens=budget.context_tokens,
+            ),
+            advance,
         )
     return LoadedModel(
         name=name,
@@ -150,6 +155,27 @@ def _load_folder(
             unknown_config_keys=spec.unknown_keys,
         ),
     )
+
+
+def _on_passing_thread(build: Callable[[Advance], DenseBackend], advance: Advance) -> DenseBackend:
+    """Build on a thread that ends with it; an interrupt ends the build at its next `advance`.
+
+    OpenMP keeps a team of workers for each thread that ever computed. With the engine's thread a second team would make
+    more workers than cores, and GNU's runtime then lets them sleep between products: 14 tokens/s instead of 20.
+    """
+    stopping = threading.Event()
+
+    def advance_or_stop(num_bytes: int) -> None:
+        if stopping.is_set():
+            raise CancelledError
+        advance(num_bytes)
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ernie45-loading") as pool:
+        try:
+            return pool.submit(build, advance_or_stop).result()
+        except BaseException:
+            stopping.set()
+            raise
 
 
 def _read_spec(folder: Path) -> ModelSpec:

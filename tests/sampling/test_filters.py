@@ -61,9 +61,7 @@ def test_top_p_is_a_share_of_the_whole_and_not_of_the_weights_given() -> None:
     assert apply_top_p(weights, 0.9, 8.0).tolist() == [4.0, 2.0]
 
 
-@pytest.mark.parametrize(
-    ("min_p", "num_kept"), [(0.0, 4), (0.2, 4), (0.25, 4), (0.26, 2), (0.5, 2), (1.0, 1)]
-)
+@pytest.mark.parametrize(("min_p", "num_kept"), [(0.0, 4), (0.2, 4), (0.25, 4), (0.26, 2), (0.5, 2), (1.0, 1)])
 def test_min_p_is_a_share_of_the_best(min_p: float, num_kept: int) -> None:
     weights = torch.tensor([4.0, 2.0, 1.0, 1.0], dtype=torch.float64)
     assert apply_min_p(weights, min_p).tolist() == weights[:num_kept].tolist()

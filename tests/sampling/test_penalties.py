@@ -29,9 +29,7 @@ def test_logit_bias_adds_to_the_named_tokens_only() -> None:
     [(2.0, [1.5, -6.0, 0.0]), (0.5, [6.0, -1.5, 0.0])],
     ids=["above 1 lowers both signs", "below 1 raises both signs"],
 )
-def test_repetition_penalty_divides_positive_and_multiplies_negative(
-    penalty: float, expected: list[float]
-) -> None:
+def test_repetition_penalty_divides_positive_and_multiplies_negative(penalty: float, expected: list[float]) -> None:
     assert_equal(apply_repetition_penalty(torch.tensor([3.0, -3.0, 0.0]), penalty), expected)
 
 

@@ -123,9 +123,7 @@ def test_without_a_seed_each_sampler_draws_its_own_and_the_global_one_stays() ->
     ],
     ids=["temperature", "top_p", "top_k", "min_p"],
 )
-def test_draws_follow_the_probabilities(
-    options: dict[str, Any], num_draws: int, probabilities: list[float]
-) -> None:
+def test_draws_follow_the_probabilities(options: dict[str, Any], num_draws: int, probabilities: list[float]) -> None:
     logits = torch.full((V,), -math.inf)
     logits[:4] = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
     counts = Counter(draw(sampler_for(temperature=1.0, seed=11, **options), logits, num_draws))

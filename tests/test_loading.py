@@ -270,23 +270,27 @@ WEIGHT_BYTES = 37024 * 4
 TOKEN_BYTES = 128 * 4
 
 
-def test_what_is_left_open_is_chosen_to_fit(small_folder_path: Path) -> None:
-    with open_model(small_folder_path, memory="1GiB") as model:
-        assert model.context_tokens == 256
-    limit = WEIGHT_BYTES + 100 * TOKEN_BYTES
-    with open_model(small_folder_path, memory=str(limit)) as model:
-        assert model.context_tokens == 100
-        assert model.generate(IDS, temperature=0, ignore_eos=True).usage.total_tokens == 100
-    with open_model(small_folder_path, memory={"cpu": str(limit), "cuda:0": "1GiB"}, max_batch=2) as model:
-        assert model.context_tokens == 50
-    with open_model(small_folder_path, memory={"cuda:0": "1B"}) as model:
-        assert model.context_tokens == 256
+def test_what_is_left_open_is_chosen_to_fit(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, max_position_embeddings=2048)
+    with open_model(folder, memory="1GiB") as model:
+        assert model.context_tokens == 2048
+    limit = WEIGHT_BYTES + 600 * TOKEN_BYTES
+    with open_model(folder, memory=str(limit)) as model:
+        assert model.context_tokens == 600
+        assert model.generate(IDS * 20, temperature=0, ignore_eos=True).usage.total_tokens <= 600
+    with open_model(folder, memory={"cpu": str(limit), "cuda:0": "1GiB"}, max_batch=2) as model:
+        assert model.context_tokens == 300
+    with open_model(folder, memory={"cuda:0": "1B"}) as model:
+        assert model.context_tokens == 2048
 
 
-def test_no_limit_is_what_is_free(monkeypatch: pytest.MonkeyPatch, small_folder_path: Path) -> None:
-    monkeypatch.setattr(loading, "free_bytes", lambda device: WEIGHT_BYTES + 33 * TOKEN_BYTES)
-    with open_model(small_folder_path) as model:
-        assert model.context_tokens == 33
+def test_no_limit_is_what_is_free(
+    monkeypatch: pytest.MonkeyPatch, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    folder = make_checkpoint(tmp_path, max_position_embeddings=2048)
+    monkeypatch.setattr(loading, "free_bytes", lambda device: WEIGHT_BYTES + 333 * TOKEN_BYTES)
+    with open_model(folder) as model:
+        assert model.context_tokens == 333
 
 
 def test_what_does_not_fit_is_refused_before_a_weight_is_read(
@@ -297,7 +301,7 @@ def test_what_does_not_fit_is_refused_before_a_weight_is_read(
 
     monkeypatch.setattr(loading, "TensorReader", refuse)
     for limits in ({"memory": str(WEIGHT_BYTES)}, {"memory": "200kB", "context_tokens": 256}):
-        with pytest.raises(OutOfMemoryError, match=r"GiB") as caught:
+        with pytest.raises(OutOfMemoryError, match=r"KV cache for") as caught:
             open_model(small_folder_path, **limits)
         assert "context_tokens=" in caught.value.hint
 

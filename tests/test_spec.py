@@ -137,8 +137,15 @@ def test_a_sister_model_is_not_supported_yet(model_type: str) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
-    + ["rms_norm_eps", "rope_theta"],
+    [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "vocab_size",
+        "rms_norm_eps",
+        "rope_theta",
+    ],
 )
 def test_a_missing_key_is_named(key: str) -> None:
     with pytest.raises(ConfigError, match=f"{key} is missing") as caught:

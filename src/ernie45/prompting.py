@@ -9,6 +9,7 @@ from ernie45.tokenizer import ChatTemplate, Tokenizer
 from ernie45.types.messages import Conversation, Message
 from ernie45.types.prompts import Prompt
 
+_PROMPT_HINT = "for an array or tensor give .tolist(), for messages use chat(), for many prompts batch_generate()"
 ROLES = ("system", "user", "assistant")
 
 
@@ -65,13 +66,13 @@ class Prompter:
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
             raise InvalidRequestError(
                 f"a prompt is text or a sequence of token ids, not {type(prompt).__name__}",
-                hint="for an array or tensor give .tolist(), for messages use chat(), for many prompts batch_generate()",
+                hint=_PROMPT_HINT,
             )
         for token_id in prompt:
             if isinstance(token_id, bool) or not isinstance(token_id, int):
                 raise InvalidRequestError(
                     f"a token id must be a whole number, not {token_id!r}",
-                    hint="for an array or tensor give .tolist(), for messages use chat(), for many prompts batch_generate()",
+                    hint=_PROMPT_HINT,
                 )
             if not 0 <= token_id < self._vocab_size:
                 raise InvalidRequestError(

@@ -108,7 +108,7 @@ class Reply:
 class ReplyStream(Generic[T_co]):
     """An iterator over a reply's chunks. Leaving it early (`break`, `close()`, `with`, or letting go of it) cancels."""
 
-    def __init__(self, reply: Reply, convert: Callable[[CompletionChunk], T_co], *, owner: object) -> None:
+    def __init__(self, reply: Reply, convert: Callable[[CompletionChunk], T_co], *, owner: object = None) -> None:
         self._reply = reply
         self._convert = convert
         self._owner = owner  # a model that nobody else holds lives as long as its streams
@@ -143,7 +143,7 @@ class ReplyStream(Generic[T_co]):
 class AsyncReplyStream(Generic[T_co]):
     """The async twin of ReplyStream: cancelling the task that reads it cancels the reply."""
 
-    def __init__(self, reply: Reply, convert: Callable[[CompletionChunk], T_co], *, owner: object) -> None:
+    def __init__(self, reply: Reply, convert: Callable[[CompletionChunk], T_co], *, owner: object = None) -> None:
         self._reply = reply
         self._convert = convert
         self._owner = owner  # a model that nobody else holds lives as long as its streams
@@ -220,7 +220,7 @@ async def collect_async(replies: Sequence[Reply]) -> list[Completion]:
 
 
 async def _drain(reply: Reply) -> None:
-    async for _ in AsyncReplyStream(reply, lambda chunk: chunk, owner=None):
+    async for _ in AsyncReplyStream(reply, lambda chunk: chunk):
         pass
 
 

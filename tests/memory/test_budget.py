@@ -123,7 +123,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers(
 
 
 def test_the_needed_amount_is_what_then_fits() -> None:
-    with pytest.raises(OutOfMemoryError, match=r"needs 4\.50 GiB \(weights 0\.00 GiB, KV cache for 2 x 131072 tokens"):
+    with pytest.raises(OutOfMemoryError, match=r"needs 4\.50 GiB \(weights 0\.0 MiB, KV cache for 2 x 131072 tokens"):
         budget(GIB, context_tokens=131072, max_batch=2)
     assert budget(9 * GIB // 2, context_tokens=131072, max_batch=2) == Budget(context_tokens=131072, max_batch=2)
 

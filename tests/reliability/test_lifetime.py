@@ -108,6 +108,19 @@ def test_a_batch_that_cannot_start_leaves_nothing_running(small_model: ErnieMode
     assert is_idle(small_model)
 
 
+def test_a_stream_keeps_a_model_alive_that_nobody_else_holds(small_folder_path: Path) -> None:
+    stream = ErnieModel.from_pretrained(small_folder_path, progress=False).stream_generate([5], **LONG)
+    gc.collect()
+    assert len(list(stream)) > 1
+
+
+def test_replies_nobody_reads_yet_hold_no_slot_that_others_wait_for(small_folder_path: Path) -> None:
+    with ErnieModel.from_pretrained(small_folder_path, max_batch=1, progress=False) as model:
+        for chunk, _ in zip(model.stream_generate([5], **LONG), range(3), strict=False):
+            assert chunk.token_ids
+            assert len(model.generate([6], temperature=0, max_new_tokens=2, ignore_eos=True).token_ids) == 2
+
+
 # Many at once
 
 

@@ -76,8 +76,8 @@ def fit(
     if rows * tokens > room_tokens:
         needed = weight_bytes + rows * tokens * bytes_per_token
         raise OutOfMemoryError(
-            f"this needs {_gib(needed)} (weights {_gib(weight_bytes)}, KV cache for {rows} x {tokens} tokens "
-            f"{_gib(needed - weight_bytes)}), and there are {_gib(memory_bytes)}",
+            f"this needs {_size(needed)} (weights {_size(weight_bytes)}, KV cache for {rows} x {tokens} tokens "
+            f"{_size(needed - weight_bytes)}), and there are {_size(memory_bytes)}",
             hint="give a smaller context_tokens= or max_batch=, more memory=, or choose a smaller model",
         )
     return Budget(context_tokens=tokens, max_batch=rows)
@@ -87,5 +87,5 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

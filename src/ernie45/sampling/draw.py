@@ -48,7 +48,7 @@ class Best(NamedTuple):
 def greedy_tokens(logits: Tensor, num_token_ids: int) -> list[Best]:
     """Return the highest of each row of `logits` [B, V] at once, among the first `num_token_ids` ids.
 
-    For rows whose sampler says `is_plain_greedy`: many rows share one pass over the threads, or one wait for the device.
+    For rows whose sampler says `is_plain_greedy`: many rows share one pass over the threads, or one wait for a device.
     The caller puts each `logit` through `check_finite`, so that one bad row is its own affair.
     """
     best = logits[:, :num_token_ids].max(dim=-1)

@@ -154,7 +154,7 @@ LOAD_ARGUMENTS: list[tuple[dict[str, Any], type[ErnieError], tuple[str, ...]]] =
     ({"memory": {"cpu": "much"}}, InvalidRequestError, ("'much'",)),
     ({"memory": {"cuda:0": "much"}}, InvalidRequestError, ("'much'",)),
     ({"memory": {"gpu": "1GiB"}}, InvalidRequestError, ("'gpu'",)),
-    ({"memory": "1kB"}, OutOfMemoryError, ("0.00 GiB",)),
+    ({"memory": "1kB"}, OutOfMemoryError, ("0.0 MiB",)),
     ({"context_tokens": 0}, InvalidRequestError, ("256", "0")),
     ({"context_tokens": 257}, InvalidRequestError, ("256", "257")),
     ({"context_tokens": 12.5}, InvalidRequestError, ("12.5",)),

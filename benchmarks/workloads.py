@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-PROMPT_TOKENS = 512
 NEW_TOKENS = 64
 
 NUM_REQUESTS = 32
@@ -28,7 +27,7 @@ class Request:
 class Workload:
     """One repetition's prompts, the same for every side.
 
-    `first_token` asks for one token after 512; `decode` for 65 after 512 others, so that nothing cached helps.
+    `first_token` asks for one token after a prompt; `decode` for 65 after another, so that nothing cached helps.
     """
 
     first_token: Request
@@ -36,8 +35,8 @@ class Workload:
     mixed: tuple[Request, ...]
 
 
-def draw_workload(repetition: int, vocab_size: int) -> Workload:
-    """Draw the prompts of one repetition; the same number gives the same prompts."""
+def draw_workload(repetition: int, vocab_size: int, prompt_tokens: int) -> Workload:
+    """Draw the prompts of one repetition; the same numbers give the same prompts."""
     rng = random.Random(f"benchmark {repetition}")
     highest = min(_HIGHEST_ID, vocab_size - 1)
 
@@ -46,8 +45,8 @@ def draw_workload(repetition: int, vocab_size: int) -> Workload:
         return Request(token_ids=token_ids, num_new_tokens=num_new_tokens)
 
     return Workload(
-        first_token=request(PROMPT_TOKENS, 1),
-        decode=request(PROMPT_TOKENS, NEW_TOKENS + 1),
+        first_token=request(prompt_tokens, 1),
+        decode=request(prompt_tokens, NEW_TOKENS + 1),
         mixed=tuple(request(*lengths) for lengths in _mixed_lengths()),
     )
 

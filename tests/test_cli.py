@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import builtins
 import io
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ernie45 import ErnieModel
+from ernie45 import ErnieModel, list_models
 from ernie45.cli import describe_usage, main
 from ernie45.types.results import Usage
 
@@ -180,3 +181,44 @@ def test_an_interrupt_ends_the_answer_and_not_the_chat(
 def test_an_interrupt_at_the_prompt_ends_with_status_130(place: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     type_in(monkeypatch, KeyboardInterrupt())
     assert main(["chat", *place]) == 130
+
+
+def test_models_are_a_table_that_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--memory", "24GiB"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert max(map(len, out.splitlines())) <= 100
+    table, notes = out.split("\n\n")
+    rows = {name: " ".join(cells) for name, *cells in (line.split() for line in table.splitlines())}
+    assert list(rows) == ["NAME", *(info.name for info in list_models())]
+    assert rows["baidu/ERNIE-4.5-0.3B-PT"] == "instruct 360.7M 360.7M 688.1 MiB 688.1 MiB yes"
+    assert rows["baidu/ERNIE-4.5-21B-A3B-PT"] == "instruct 21.8B 3.4B 40.7 GiB ~40.9 GiB no"
+    assert "KV cache and workspace are not counted yet" in notes
+
+
+def test_what_fits_is_only_said_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models"]) == 0
+    out = capsys.readouterr().out
+    assert "FITS" not in out
+    assert "KV cache" not in out
+
+
+def test_weights_that_fill_the_memory_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    smallest = list_models()[0]
+    for memory, fits in ((smallest.weight_bytes, "yes"), (smallest.weight_bytes - 1, "no")):
+        assert main(["models", "--memory", str(memory)]) == 0
+        assert capsys.readouterr().out.splitlines()[1].endswith(f" {fits}")
+
+
+def test_a_memory_size_that_is_none_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--memory", "much"]) == 2
+    assert "'much' is not a memory size\n  -> " in capsys.readouterr().err
+
+
+def test_the_page_about_models_has_the_same_table(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["models"])
+    table = capsys.readouterr().out.split("\n\n")[0]
+    printed = [re.split(r"  +", line.strip()) for line in table.splitlines()[1:]]
+    page = (Path(__file__).resolve().parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith(("| ernie45/", "| baidu/"))]
+    assert rows == printed

@@ -344,6 +344,74 @@ def test_the_report_says_what_was_read(make_checkpoint: MakeCheckpoint, tmp_path
     assert report.unknown_config_keys == ("another", "surprising_key")
 
 
+def write_adapter(folder: Path, name: str, a: torch.Tensor, b: torch.Tensor) -> Path:
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": a.shape[0], "lora_alpha": 6, "target_modules": [name.rpartition(".")[2]]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    prefix = f"base_model.model.{name}"
+    tensors = {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_an_adapter_is_merged_while_loading(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "base")
+    generator = torch.Generator().manual_seed(3)
+    a, b = torch.randn(2, 32, generator=generator), torch.randn(64, 2, generator=generator)
+    name = "model.layers.1.mlp.up_proj"
+    adapter = write_adapter(tmp_path / "adapter", name, a, b)
+    with open_model(folder, adapter=str(adapter)) as model:
+        adapted = model.logits(IDS)
+        assert model.load_report.adapter == str(adapter)
+    plain = logits_of(folder)
+    rewrite(folder, lambda tensors: tensors.update({f"{name}.weight": tensors[f"{name}.weight"] + 3.0 * b @ a}))
+    assert (adapted - plain).abs().max() > 0.01
+    torch.testing.assert_close(adapted, logits_of(folder), atol=1e-5, rtol=0)
+
+
+def test_an_adapter_for_another_model_is_refused_before_a_weight_is_read(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_checkpoint(tmp_path / "base")
+    a, b = torch.zeros(2, 32), torch.zeros(64, 2)
+    adapter = write_adapter(tmp_path / "adapter", "model.layers.2.mlp.up_proj", a, b)
+    monkeypatch.setattr("ernie45.checkpoint.read.TensorReader._read_bytes", None)
+    with pytest.raises(TensorError, match=r"model\.layers\.2\.mlp\.up_proj"):
+        open_model(folder, adapter=adapter)
+
+
+def test_quantised_paddle_files_are_refused_by_config_and_by_header(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    folder = make_checkpoint(tmp_path / "config", quantization_config={"quantization": "wint2"})
+    with pytest.raises(UnsupportedError, match="wint2"):
+        open_model(folder)
+    folder = make_checkpoint(tmp_path / "header")
+    name = "model.layers.0.mlp.up_proj"
+    rewrite(folder, lambda tensors: tensors.update({f"{name}.quant_weight": torch.zeros(4, 4, dtype=torch.int8)}))
+    with pytest.raises(UnsupportedError, match="quant_weight"):
+        open_model(folder)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_quantised_paddle_releases_are_refused_by_name() -> None:
+    with pytest.raises(UnsupportedError, match="ERNIE-4.5-300B-A47B-2Bits-Paddle") as caught:
+        open_model("baidu/ERNIE-4.5-300B-A47B-2Bits-Paddle")
+    assert "ERNIE-4.5-300B-A47B-PT" in caught.value.hint
+
+
+def test_a_head_stored_beside_an_equal_embedding_is_left_out(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path)
+    plain = logits_of(folder)
+    embedding = "model.embed_tokens.weight"
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors[embedding].clone()}))
+    with open_model(folder) as model:
+        assert [tensor.name for tensor in model.load_report.ignored] == ["lm_head.weight"]
+        assert "equal to model.embed_tokens.weight" in str(model.load_report)
+        assert model.load_report.weight_bytes == WEIGHT_BYTES
+        assert torch.equal(model.logits(IDS), plain)
+
+
 # The peak is VmHWM and not ru_maxrss, which a process inherits from the one that started it.
 GROWTH_SCRIPT = """
 import sys

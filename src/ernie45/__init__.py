@@ -44,6 +44,7 @@ __all__ = [
     "InvalidRequestError",
     "Message",
     "ModelClosedError",
+    "ModelInfo",
     "ModelNotFoundError",
     "OutOfMemoryError",
     "Prompt",
@@ -56,9 +57,13 @@ __all__ = [
     "UnsupportedError",
     "Usage",
     "__version__",
+    "list_models",
 ]
 
 if TYPE_CHECKING:
+    from ernie45 import backends as backends
+    from ernie45 import testing as testing
+    from ernie45.catalogue import ModelInfo, list_models
     from ernie45.model import ErnieModel
     from ernie45.types.messages import Message
     from ernie45.types.prompts import Prompt
@@ -77,6 +82,7 @@ else:
     _HOMES = {
         "ErnieModel": "ernie45.model",
         "Message": "ernie45.types.messages",
+        "ModelInfo": "ernie45.catalogue",
         "Prompt": "ernie45.types.prompts",
         "SamplingOptions": "ernie45.types.requests",
         "ChatChunk": "ernie45.types.results",
@@ -86,9 +92,14 @@ else:
         "Score": "ernie45.types.results",
         "TokenLogprob": "ernie45.types.results",
         "Usage": "ernie45.types.results",
+        "list_models": "ernie45.catalogue",
     }
 
+    _PACKAGES = ("backends", "testing")
+
     def __getattr__(name):
+        if name in _PACKAGES:
+            return import_module(f"{__name__}.{name}")
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = globals()[name] = getattr(import_module(_HOMES[name]), name)

@@ -1,4 +1,7 @@
-"""The `ernie45` command: `generate` completes a text, `chat` talks. Replies are streamed to standard output."""
+"""The `ernie45` command: `generate` completes a text, `chat` talks, `models` lists what is known by name.
+
+Replies are streamed to standard output.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING
 from ernie45.errors import ErnieError
 
 if TYPE_CHECKING:
+    from ernie45.catalogue import ModelInfo
     from ernie45.model import ErnieModel
     from ernie45.types.messages import Message
     from ernie45.types.requests import SamplingOptions
@@ -22,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for an error of ours, 130 when interrupted."""
     options = _parser().parse_args(arguments)
     try:
-        return _generate(options) if options.command == "generate" else _chat(options)
+        status: int = options.run(options)
+        return status
     except ErnieError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -40,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="talk to a model; an empty line or Ctrl-D ends")
     chat.add_argument("message", nargs="?", help="ask this one thing and stop")
     chat.add_argument("--system", help="instructions to start the conversation with")
+    generate.set_defaults(run=_generate)
+    chat.set_defaults(run=_chat)
 
     for command in (generate, chat):
         command.add_argument(
@@ -52,6 +59,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--top-p", type=float, help="(default: the checkpoint's)")
         command.add_argument("--seed", type=int, help="the same seed gives the same text")
         command.add_argument("--usage", action="store_true", help="print token counts and speed to standard error")
+
+    models = commands.add_parser("models", help="list the models known by name, with their sizes")
+    models.add_argument("--memory", metavar="SIZE", help="say which weights fit, e.g. 24GiB")
+    models.set_defaults(run=_models)
     return parser
 
 
@@ -134,6 +145,46 @@ def describe_usage(usage: Usage) -> str:
     if usage.tokens_per_second is not None:
         parts.append(f"{usage.tokens_per_second:.0f} tokens/s")
     return ", ".join(parts)
+
+
+def _models(options: argparse.Namespace) -> int:
+    from ernie45.catalogue import list_models
+    from ernie45.memory.budget import parse_bytes
+
+    models = list_models()
+    table = [["NAME", "KIND", "PARAMS", "ACTIVE", "WEIGHTS", "ON DISK"], *map(_describe_model, models)]
+    notes = ["WEIGHTS are unquantised (bfloat16), as loaded. ~ is estimated. VL models also see images and video."]
+    if options.memory is not None:
+        memory_bytes = parse_bytes(options.memory)
+        fits = ["yes" if info.weight_bytes <= memory_bytes else "no" for info in models]
+        table = [[*row, cell] for row, cell in zip(table, ["FITS", *fits], strict=True)]
+        notes.append(f"FITS: the weights alone against {options.memory}; KV cache and workspace are not counted yet.")
+    _print_table(table)
+    print("", *notes, sep="\n")
+    return 0
+
+
+def _describe_model(info: ModelInfo) -> list[str]:
+    params = [_count_in_words(count) for count in (info.total_params, info.active_params)]
+    weights, disk = _bytes_in_words(info.weight_bytes), _bytes_in_words(info.disk_bytes)
+    return [info.name, info.kind, *params, weights, f"~{disk}" if info.disk_bytes_approximate else disk]
+
+
+def _print_table(table: Sequence[Sequence[str]]) -> None:
+    """Columns two spaces apart, the first two to the left, the numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
+        right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
+        print("  ".join(left + right))
+
+
+def _count_in_words(count: int) -> str:
+    return f"{count / 1e9:.1f}B" if count >= 10**9 else f"{count / 1e6:.1f}M"
+
+
+def _bytes_in_words(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 if __name__ == "__main__":

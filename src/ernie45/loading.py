@@ -13,25 +13,28 @@ from pathlib import Path
 
 import torch
 
-from ernie45.backends.dense import DenseBackend, build_dense
-from ernie45.checkpoint.headers import read_headers, read_json
+from ernie45.backends.base import Backend
+from ernie45.backends.registry import Architecture, find_architecture
+from ernie45.checkpoint.adapter import AdaptedSource, Adapter, read_adapter
+from ernie45.checkpoint.headers import read_json
+from ernie45.checkpoint.open import open_checkpoint, read_spec
 from ernie45.checkpoint.progress import Advance, byte_progress
-from ernie45.checkpoint.read import TensorReader
+from ernie45.checkpoint.read import TensorReader, TensorSource
 from ernie45.checkpoint.resolve import resolve
 from ernie45.checkpoint.survey import HeaderSurvey
 from ernie45.devices import check_dtype_name, choose_device, choose_dtype, free_bytes
-from ernie45.errors import InvalidRequestError, TensorError, TokenizerError, UnsupportedError
+from ernie45.errors import InvalidRequestError, TokenizerError, UnsupportedError
 from ernie45.memory.budget import fit, parse_bytes
 from ernie45.runners.base import Runner
 from ernie45.runners.local import LocalRunner
-from ernie45.spec import GenerationDefaults, ModelSpec, parse_generation_defaults, parse_spec
+from ernie45.spec import GenerationDefaults, ModelSpec, parse_generation_defaults
 from ernie45.tokenizer import ChatTemplate, Tokenizer, load_template, load_tokenizer
-from ernie45.types.reports import IgnoredTensor, LoadReport
+from ernie45.types.reports import LoadReport
 
 MemoryLimit = str | Mapping[str, str]
 
 _PRESETS_TO_COME = ("int8", "int4", "nf4", "bnb-int8")
-_END_TOKENS = ("</s>", "<|end_of_sentence|>")
+_END_TOKENS = ("</s>", "<|end_of_sentence|>", "<|im_end|>")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,16 +61,18 @@ def load(
     memory: MemoryLimit | None,
     context_tokens: int | None,
     max_batch: int | None,
+    adapter: str | os.PathLike[str] | None,
     revision: str | None,
     cache_dir: str | os.PathLike[str] | None,
     local_files_only: bool,
     token: str | None,
     progress: bool,
 ) -> LoadedModel:
-    """Find a dense checkpoint, downloading it where need be, and load it. See `ErnieModel.from_pretrained`."""
+    """Find a checkpoint, downloading it where need be, and load it. See `ErnieModel.from_pretrained`."""
     _check_quantization(quantization)
     check_dtype_name(dtype)
     torch_device = choose_device(device)
+    lora = None if adapter is None else read_adapter(Path(adapter).expanduser())
     memory_limit = _memory_limit(memory, torch_device)
     folder = resolve(
         name_or_path,
@@ -76,7 +81,7 @@ def load(
         local_files_only=local_files_only,
         token=token,
         progress=progress,
-        check=_read_spec,
+        check=_check_config,
     )
     return _load_folder(
         folder,
@@ -86,6 +91,7 @@ def load(
         memory_limit=memory_limit,
         context_tokens=context_tokens,
         max_batch=max_batch,
+        adapter=lora,
         progress=progress,
     )
 
@@ -99,17 +105,19 @@ def _load_folder(
     memory_limit: int | None,
     context_tokens: int | None,
     max_batch: int | None,
+    adapter: Adapter | None,
     progress: bool,
 ) -> LoadedModel:
     """Everything that can be checked without reading a weight is checked first."""
     started = time.perf_counter()
-    spec = _read_spec(folder)
+    architecture = find_architecture(read_json(folder / "config.json"))
+    checkpoint = open_checkpoint(folder, architecture.parse_spec)
+    spec, index, layout = checkpoint.spec, checkpoint.index, checkpoint.layout
     defaults = _generation_defaults(folder)
-    torch_dtype = choose_dtype(dtype, checkpoint=spec.dtype, device=device)
-    index = read_headers(folder)
-    survey = HeaderSurvey(index)
-    build_dense(spec, survey, dtype=torch_dtype, device=torch.device("meta"), context_tokens=1)
-    ignored = tuple(_ignored(name) for name in survey.unread())
+    torch_dtype = choose_dtype(dtype, checkpoint=spec.dtype or index.main_dtype, device=device)
+    survey = HeaderSurvey(index, layout)
+    _build_from_headers(architecture, spec, survey, adapter, torch_dtype)
+    ignored = checkpoint.account_for(survey.unread())
     budget = fit(
         spec,
         weight_bytes=survey.weight_bytes,
@@ -121,9 +129,9 @@ def _load_folder(
     tokenizer, template = _text_side(folder, spec)
     with byte_progress(f"Loading {folder.name}", survey.read_bytes, show=progress) as advance:
         backend = _on_passing_thread(
-            lambda advance: build_dense(
+            lambda advance: architecture.build(
                 spec,
-                TensorReader(index, advance=advance),
+                _adapted(TensorReader(index, layout, advance=advance), adapter),
                 dtype=torch_dtype,
                 device=device,
                 context_tokens=budget.context_tokens,
@@ -146,18 +154,34 @@ def _load_folder(
         context_tokens=budget.context_tokens,
         report=LoadReport(
             folder=str(folder),
-            num_tensors=len(index.tensors) - len(ignored),
+            layout=layout.name,
+            read=survey.read(),
             weight_bytes=survey.weight_bytes,
             load_seconds=time.perf_counter() - started,
             device=str(device),
             dtype=str(torch_dtype).removeprefix("torch."),
             ignored=ignored,
             unknown_config_keys=spec.unknown_keys,
+            adapter=None if adapter is None else str(adapter.folder),
         ),
     )
 
 
-def _on_passing_thread(build: Callable[[Advance], DenseBackend], advance: Advance) -> DenseBackend:
+def _build_from_headers(
+    architecture: Architecture, spec: ModelSpec, survey: HeaderSurvey, adapter: Adapter | None, dtype: torch.dtype
+) -> None:
+    """The build without weights: raises whatever would stop the real one."""
+    source = survey if adapter is None else AdaptedSource(survey, adapter)
+    architecture.build(spec, source, dtype=dtype, device=torch.device("meta"), context_tokens=1)
+    if isinstance(source, AdaptedSource):
+        source.check_all_merged()
+
+
+def _adapted(reader: TensorReader, adapter: Adapter | None) -> TensorSource:
+    return reader if adapter is None else AdaptedSource(reader, adapter)
+
+
+def _on_passing_thread(build: Callable[[Advance], Backend], advance: Advance) -> Backend:
     """Build on a thread that ends with it; an interrupt ends the build at its next `advance`.
 
     OpenMP keeps a team of workers for each thread that ever computed. With the engine's thread a second team would make
@@ -178,8 +202,9 @@ def _on_passing_thread(build: Callable[[Advance], DenseBackend], advance: Advanc
             raise
 
 
-def _read_spec(folder: Path) -> ModelSpec:
-    return parse_spec(read_json(folder / "config.json"))
+def _check_config(folder: Path) -> None:
+    config = read_json(folder / "config.json")
+    read_spec(folder, find_architecture(config).parse_spec)
 
 
 def _check_quantization(quantization: str) -> None:
@@ -195,16 +220,6 @@ def _check_quantization(quantization: str) -> None:
 def _generation_defaults(folder: Path) -> GenerationDefaults:
     path = folder / "generation_config.json"
     return parse_generation_defaults(read_json(path) if path.is_file() else {})
-
-
-def _ignored(name: str) -> IgnoredTensor:
-    """Why a stored tensor need not be read; one without a reason is an error."""
-    if name.endswith("rotary_emb.inv_freq"):
-        return IgnoredTensor(name=name, reason="computed from rope_theta")
-    raise TensorError(
-        f"the checkpoint holds a tensor {name!r} that a model of this config has no place for",
-        hint="config.json and the weight files do not belong together, or the checkpoint is a variant to report",
-    )
 
 
 def _memory_limit(memory: MemoryLimit | None, device: torch.device) -> int | None:

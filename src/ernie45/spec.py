@@ -21,6 +21,13 @@ _READ = {
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_parameters", "use_bias",
     "tie_word_embeddings", "torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id",
+    "num_nextn_predict_layers",
+}  # fmt: skip
+
+_READ_OF_EXPERTS = {
+    "moe_num_experts", "moe_k", "moe_intermediate_size", "moe_num_shared_experts", "moe_layer_start_index",
+    "moe_layer_end_index", "moe_layer_interval", "moe_norm_min", "moe_use_aux_free",
+    "num_experts", "num_experts_per_tok",
 }  # fmt: skip
 
 # The value (or values) at which a key changes nothing.
@@ -34,7 +41,11 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "attention_bias": (None, False),
     "mlp_bias": (None, False),
     "add_tail_layers": (False, 0),
-    "num_nextn_predict_layers": (0, None),
+    "moe_gate": ("topk", None),
+    "moe_gate_act": ("softmax",),
+    "moe_norm_gate_logits": (True,),
+    "moe_use_hard_gate": (False,),
+    "moe_group_experts": (False,),
     "quantization_config": (None,),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
@@ -48,9 +59,50 @@ _WITHOUT_EFFECT = {
     "token_balance_loss", "token_balance_seqlen", "return_dict", "output_attentions", "output_hidden_states",
     "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "is_decoder", "pruned_heads",
     "task_specific_params", "tokenizer_class", "prefix", "sep_token_id", "cls_token_id", "use_flash_attention",
+    "enable_mtp_magic_send", "use_recompute_mtp", "multi_token_pred_lambda", "fuse_gate_detach_matmul",
+    "global_aux_loss", "moe_aux_loss_lambda", "moe_orthogonal_loss_lambda", "moe_group_orthogonal_loss",
+    "moe_z_loss_lambda", "moe_capacity", "moe_reverse_token_drop", "moe_dense_experts_token_type_id",
+    "moe_multimodal_dispatch_use_allgather", "moe_all_to_all_dropout", "moe_group", "moe_use_size_all2all",
+    "sinkhorn_2gate", "sinkhorn_temp", "output_router_logits", "router_aux_loss_coef",
 }  # fmt: skip
 
-_MODEL_TYPES_TO_COME = ("ernie4_5_moe", "ernie4_5_moe_vl", "ernie4_5_vl_moe")
+# Far above any model; what asks for more is refused before something is built by it.
+_MAX_HEADS = 2**14
+_MAX_MATRIX_VALUES = 2**40
+
+_MODEL_TYPES_TO_COME = ("ernie4_5_moe_vl", "ernie4_5_vl_moe")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertSpec:
+    """The routed experts of a mixture-of-experts model.
+
+    Layer i has them if `first_layer` <= i <= `last_layer` and (i + 1) is a multiple of `layer_interval`; the others
+    have a dense MLP. `intermediate_size` is one expert's width. The shared experts are one MLP of
+    `num_shared_experts` times that width, and `norm_min` is the least sum that the chosen probabilities are divided
+    by. `has_correction_bias` is the config's word on the tensor that corrects the selection, None if it says nothing.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    num_shared_experts: int
+    first_layer: int
+    last_layer: int
+    layer_interval: int
+    norm_min: float
+    has_correction_bias: bool | None
+
+    def __post_init__(self) -> None:
+        if self.experts_per_token > self.num_experts:
+            raise ConfigError(
+                f"config.json: moe_k {self.experts_per_token} is more than moe_num_experts {self.num_experts}",
+                hint="the file is damaged or not an ERNIE 4.5 config",
+            )
+
+    def in_layer(self, layer: int) -> bool:
+        """Whether this layer has routed experts."""
+        return self.first_layer <= layer <= self.last_layer and (layer + 1) % self.layer_interval == 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +111,8 @@ class ModelSpec:
 
     `head_dim` is independent of `hidden_size / num_heads`. `tied` is the config's word on whether the output head is
     the embedding, None if it says nothing; the files decide (a stored `lm_head.weight` is used). `dtype` is the
-    checkpoint's.
+    checkpoint's, None if the config says nothing. `experts` is None in a dense model. `num_mtp_layers` is how many
+    multi-token-prediction layers the files may carry for speculative decoding; plain decoding does without.
     """
 
     model_type: str
@@ -75,9 +128,11 @@ class ModelSpec:
     rope_theta: float
     use_bias: bool
     tied: bool | None
-    dtype: DtypeName
+    dtype: DtypeName | None
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    experts: ExpertSpec | None = None
+    num_mtp_layers: int = 0
     unknown_keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -89,6 +144,20 @@ class ModelSpec:
             )
         if self.head_dim % 2:
             raise ConfigError(f"config.json: head_dim {self.head_dim} is odd", hint="rotary embeddings need pairs")
+        if self.num_heads > _MAX_HEADS:
+            raise ConfigError(
+                f"config.json: num_attention_heads {self.num_heads} is more than {_MAX_HEADS}",
+                hint="the file is damaged or not an ERNIE 4.5 config",
+            )
+        widths = [self.vocab_size, self.intermediate_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim]
+        if self.experts is not None:
+            widths += [self.experts.num_experts, self.experts.intermediate_size]
+            widths += [self.experts.intermediate_size * self.experts.num_shared_experts]
+        if max(widths) * self.hidden_size > _MAX_MATRIX_VALUES:
+            raise ConfigError(
+                f"config.json describes a matrix of {max(widths)} x {self.hidden_size} (hidden_size) values",
+                hint="the file is damaged or not an ERNIE 4.5 config",
+            )
 
     @property
     def kv_values_per_token(self) -> int:
@@ -97,19 +166,22 @@ class ModelSpec:
 
 
 def parse_spec(config: Mapping[str, Any]) -> ModelSpec:
-    """Read a dense ERNIE 4.5 config, in the published July-2025 form or transformers' own.
+    """Read a text model's config: the published form, erniekit's, PaddleFormers' or transformers' own.
+
+    A `model_type` of "ernie4_5_moe" without experts, which erniekit writes for dense models, gives a dense spec.
 
     Raises:
         ConfigError: another model type, a missing or senseless value, or a neutral key with another value.
     """
     model_type = config.get("model_type")
-    if model_type != "ernie4_5":
+    if model_type not in ("ernie4_5", "ernie4_5_moe"):
         raise _unknown_model_type(model_type)
     _check_neutral(config)
+    experts = _experts(config) if model_type == "ernie4_5_moe" else None
     hidden_size = _positive_int(config, "hidden_size")
     num_heads = _positive_int(config, "num_attention_heads")
     return ModelSpec(
-        model_type="ernie4_5",
+        model_type="ernie4_5" if experts is None else "ernie4_5_moe",
         hidden_size=hidden_size,
         intermediate_size=_positive_int(config, "intermediate_size"),
         num_layers=_positive_int(config, "num_hidden_layers"),
@@ -125,7 +197,37 @@ def parse_spec(config: Mapping[str, Any]) -> ModelSpec:
         dtype=_dtype(config),
         bos_token_id=_token_id(config, "bos_token_id"),
         eos_token_ids=_token_ids(config, "eos_token_id"),
-        unknown_keys=tuple(sorted(set(config) - _READ - set(_NEUTRAL) - _WITHOUT_EFFECT)),
+        experts=experts,
+        num_mtp_layers=_count(config, "num_nextn_predict_layers"),
+        unknown_keys=tuple(sorted(set(config) - _READ - _READ_OF_EXPERTS - set(_NEUTRAL) - _WITHOUT_EFFECT)),
+    )
+
+
+def _experts(config: Mapping[str, Any]) -> ExpertSpec | None:
+    """The expert fields; defaults are transformers' (`Ernie4_5_MoeConfig`), where the published files are silent."""
+    num_experts_key = "num_experts" if "num_experts" in config else "moe_num_experts"
+    if num_experts_key not in config:
+        raise _missing("moe_num_experts")
+    if not config[num_experts_key]:  # null or 0
+        return None
+    num_layers = _positive_int(config, "num_hidden_layers")
+    last_layer = config.get("moe_layer_end_index", -1)
+    if last_layer is None or last_layer == -1:
+        last_layer = num_layers - 1
+    if isinstance(last_layer, bool) or not isinstance(last_layer, int) or last_layer < 0:
+        raise ConfigError(
+            f"config.json: moe_layer_end_index is {last_layer!r}", hint="it must be a layer's index, or -1 for the last"
+        )
+    return ExpertSpec(
+        num_experts=_positive_int(config, num_experts_key),
+        experts_per_token=_positive_int(config, "moe_k" if "moe_k" in config else "num_experts_per_tok"),
+        intermediate_size=_positive_int(config, "moe_intermediate_size"),
+        num_shared_experts=_count(config, "moe_num_shared_experts"),
+        first_layer=_count(config, "moe_layer_start_index"),
+        last_layer=min(last_layer, num_layers - 1),
+        layer_interval=_positive_int(config, "moe_layer_interval", default=1),
+        norm_min=_positive_float(config, "moe_norm_min", default=1e-12),
+        has_correction_bias=_bool(config, "moe_use_aux_free"),
     )
 
 
@@ -166,11 +268,11 @@ def _unknown_model_type(model_type: object) -> ConfigError:
     if model_type in _MODEL_TYPES_TO_COME:
         return ConfigError(
             f"config.json: model_type {model_type!r} is not supported by this version of ernie45",
-            hint="this version runs the dense models, e.g. 'ERNIE-4.5-0.3B-PT'",
+            hint="this version runs the text models, e.g. 'ERNIE-4.5-21B-A3B-PT'",
         )
     return ConfigError(
         f"config.json: model_type {model_type!r} is not ERNIE 4.5",
-        hint="ernie45 runs model_type 'ernie4_5'; check that the folder holds the model you mean",
+        hint="ernie45 runs model_type 'ernie4_5' and 'ernie4_5_moe'; check that the folder holds the model you mean",
     )
 
 
@@ -199,8 +301,10 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
     return _positive_float(parameters if "rope_theta" in parameters else config, "rope_theta")
 
 
-def _dtype(config: Mapping[str, Any]) -> DtypeName:
-    name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+def _dtype(config: Mapping[str, Any]) -> DtypeName | None:
+    name = config.get("dtype") or config.get("torch_dtype")
+    if name is None:
+        return None
     for known in DTYPE_NAMES:
         if name == known:
             return known
@@ -222,6 +326,14 @@ def _positive_int(config: Mapping[str, Any], key: str, *, default: int | None = 
     return value
 
 
+def _count(config: Mapping[str, Any], key: str) -> int:
+    """A number that may be 0, which it also is where the key is absent or null."""
+    value = config.get(key)
+    if value is None or (value == 0 and not isinstance(value, bool)):
+        return 0
+    return _positive_int(config, key)
+
+
 def _number(config: Mapping[str, Any], key: str) -> float:
     value = config[key]
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -229,10 +341,12 @@ def _number(config: Mapping[str, Any], key: str) -> float:
     return float(value)
 
 
-def _positive_float(config: Mapping[str, Any], key: str) -> float:
-    # Without a default: the tensors' shapes show a wrong width, but nothing would show a wrong constant.
+def _positive_float(config: Mapping[str, Any], key: str, *, default: float | None = None) -> float:
+    # Mostly without a default: the tensors' shapes show a wrong width, but nothing would show a wrong constant.
     if config.get(key) is None:
-        raise _missing(key)
+        if default is None:
+            raise _missing(key)
+        return default
     value = _number(config, key)
     if not 0 < value < float("inf"):
         raise ConfigError(f"config.json: {key} is {value!r}", hint="it must be above 0")

@@ -22,6 +22,7 @@ PUBLIC_NAMES = [
     "InvalidRequestError",
     "Message",
     "ModelClosedError",
+    "ModelInfo",
     "ModelNotFoundError",
     "OutOfMemoryError",
     "Prompt",
@@ -34,6 +35,7 @@ PUBLIC_NAMES = [
     "UnsupportedError",
     "Usage",
     "__version__",
+    "list_models",
 ]
 
 

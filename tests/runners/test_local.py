@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ernie45.backends.dense import build_dense
+from ernie45.backends.text import build_text
 from ernie45.checkpoint.headers import read_headers, read_json
+from ernie45.checkpoint.layouts import PtLayout
 from ernie45.checkpoint.read import TensorReader
 from ernie45.errors import ModelClosedError
 from ernie45.runners.base import Handle, Runner
@@ -21,9 +22,9 @@ from ernie45.types.results import TokenEvent
 @pytest.fixture
 def runner(small_folder_path: Path) -> Iterator[Runner]:
     """Two slots of 64 tokens on the small model."""
-    backend = build_dense(
+    backend = build_text(
         parse_spec(read_json(small_folder_path / "config.json")),
-        TensorReader(read_headers(small_folder_path)),
+        TensorReader(read_headers(small_folder_path), PtLayout()),
         dtype=torch.float32,
         device=torch.device("cpu"),
         context_tokens=64,

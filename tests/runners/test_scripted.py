@@ -7,7 +7,7 @@ import pytest
 from ernie45.errors import InvalidRequestError, ModelClosedError, UnsupportedError
 from ernie45.runners.base import Handle, Runner
 from ernie45.runners.scripted import ScriptedRunner
-from ernie45.types.requests import TokenRequest
+from ernie45.types.requests import ThinkingLimit, TokenRequest
 from ernie45.types.results import TokenEvent
 
 
@@ -39,6 +39,17 @@ def test_a_reply_is_cut_at_max_new_tokens() -> None:
     runner = ScriptedRunner([[5, 6, 7], [5, 6, 7]])
     assert read(runner.submit(request(1, max_new_tokens=2))) == ([5, 6], "length")
     assert read(runner.submit(request(1, max_new_tokens=3))) == ([5, 6, 7], "stop")
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "token_ids"),
+    [(0, [3, 9, 3, 7, 8]), (1, [5, 3, 9, 3, 7, 8]), (2, [5, 6, 9, 7, 8]), (3, [5, 6, 9, 7, 8])],
+)
+def test_reasoning_is_cut_at_its_limit(max_tokens: int, token_ids: list[int]) -> None:
+    limit = ThinkingLimit(max_tokens=max_tokens, end_token_id=9, closing_ids=(3, 9, 3))
+    asked = TokenRequest(token_ids=(1,), max_new_tokens=10, thinking_limit=limit)
+    assert read(ScriptedRunner([[5, 6, 9, 7, 8]]).submit(asked)) == (token_ids, "stop")
+    assert read(ScriptedRunner([[5, 6]]).submit(asked))[0] == ([5, 6] if max_tokens > 1 else token_ids[:-2])
 
 
 def test_cancelling_ends_a_reply() -> None:

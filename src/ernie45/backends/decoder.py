@@ -1,11 +1,12 @@
-"""The text decoder: pre-norm blocks of causal attention and an MLP, as one readable file.
+"""The text decoder: pre-norm blocks of causal attention and an MLP, dense or of experts, as one readable file.
 
 Shape letters: N tokens of this step, h hidden size, H query heads, Hkv key/value heads, D head width, I MLP width,
-S tokens of a sequence so far.
+E experts, K experts chosen for a token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ernie45.backends.base import Batch
 from ernie45.kernels.linear import Linear
-from ernie45.kernels.ops import RotaryTable, attention, rms_norm, rotate, swiglu
+from ernie45.kernels.ops import RotaryTable, attention, rms_norm, rotate, route, swiglu
 from ernie45.spec import ModelSpec
 
 
@@ -66,11 +67,55 @@ class DenseMLP:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Router:
+    """Chooses experts in float32: `weight` [E, h], and `correction` [1, E], which only moves the choice."""
+
+    weight: Tensor
+    correction: Tensor | None
+    experts_per_token: int
+    norm_min: float
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [N, h] -> expert numbers int64 [N, K] and their shares float32 [N, K]"""
+        return route(x, self.weight, self.correction, self.experts_per_token, self.norm_min)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertMLP:
+    """Each token goes through the K of E `experts` its router chose and, where there is one, the `shared` MLP.
+
+    Only experts that some token chose are looked up in the table.
+    """
+
+    router: Router
+    experts: Sequence[DenseMLP]
+    shared: DenseMLP | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        chosen, shares = self.router(x)
+        # Summed in float32 and always in the order of the experts: a row's bits do not depend on the others.
+        routed = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for expert, tokens, places in _hits(chosen):
+            out = self.experts[expert](x[tokens])
+            routed[tokens] += out * shares[tokens, places, None]
+        out = routed.to(x.dtype)
+        return out if self.shared is None else out + self.shared(x)
+
+
+def _hits(chosen: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """chosen [N, K] -> for every expert in it, in order: its number, its tokens and at which of the K places."""
+    experts, order = chosen.flatten().sort(stable=True)
+    numbers, counts = experts.unique_consecutive(return_counts=True)
+    for number, places in zip(numbers.tolist(), order.split(counts.tolist()), strict=True):
+        yield number, places // chosen.shape[1], places % chosen.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderLayer:
     attention_norm: Norm
     attention: Attention
     mlp_norm: Norm
-    mlp: DenseMLP
+    mlp: DenseMLP | ExpertMLP
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, layer: int) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin, batch, layer)

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ernie45.errors import CheckpointError, ConfigError, CorruptFileError, TensorError
+from ernie45.spec import DtypeName
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -23,6 +24,10 @@ MAX_DIMENSIONS = 16
 DTYPE_BYTES: Mapping[str, int] = MappingProxyType(
     {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
     | {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
+)
+# numpy has no bfloat16, so Paddle's files carry its bits as U16
+_FLOAT_KINDS: Mapping[DtypeName, tuple[str, ...]] = MappingProxyType(
+    {"bfloat16": ("BF16", "U16"), "float32": ("F32", "F64"), "float16": ("F16",)}
 )
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pdparams", ".pkl")
 _FETCH_AGAIN = "the file is damaged or half copied: delete it and fetch it again"
@@ -54,6 +59,15 @@ class CheckpointIndex:
         """Bytes of all tensors together, as stored."""
         return sum(info.num_bytes for info in self.tensors.values())
 
+    @property
+    def main_dtype(self) -> DtypeName:
+        """The floating-point dtype that most bytes are stored in; bfloat16 when there are none."""
+        stored = {
+            name: sum(info.num_bytes for info in self.tensors.values() if info.dtype in kinds)
+            for name, kinds in _FLOAT_KINDS.items()
+        }
+        return max(stored, key=lambda name: stored[name])
+
 
 def read_headers(folder: Path) -> CheckpointIndex:
     """Read and check the safetensors headers of a checkpoint folder; no tensor data is read.
@@ -67,8 +81,7 @@ def read_headers(folder: Path) -> CheckpointIndex:
         path = folder / SINGLE_FILE
         if not path.is_file():
             raise _no_weights(folder)
-        tensors, metadata = _read_header(path)
-        return _build_index(folder, tensors, metadata)
+        return read_file_headers(path)
 
     shards = sorted(set(weight_map.values()))
     missing = [shard for shard in shards if not (folder / shard).is_file()]
@@ -77,13 +90,20 @@ def read_headers(folder: Path) -> CheckpointIndex:
             f"{folder} lacks {len(missing)} of {len(shards)} weight files: {_listing(missing)}",
             hint="add the missing files, or load the model by its Hub name, which fetches them",
         )
-    tensors, metadata = {}, {}
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
     for shard in shards:
         shard_tensors, shard_metadata = _read_header(folder / shard)
         _check_against_index(shard, shard_tensors, weight_map)
         tensors |= shard_tensors
         metadata |= shard_metadata
     return _build_index(folder, tensors, metadata)
+
+
+def read_file_headers(path: Path) -> CheckpointIndex:
+    """Read and check the header of one safetensors file. Raises CorruptFileError for a damaged one."""
+    tensors, metadata = _read_header(path)
+    return _build_index(path.parent, tensors, metadata)
 
 
 def read_weight_map(folder: Path) -> dict[str, str] | None:

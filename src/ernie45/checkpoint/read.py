@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
 from types import MappingProxyType
-from typing import final
+from typing import Protocol, final
 
 import torch
 
 from ernie45.checkpoint.headers import CheckpointIndex, TensorInfo
+from ernie45.checkpoint.layouts import Layout, Piece
 from ernie45.checkpoint.progress import Advance
 from ernie45.errors import CorruptFileError, TensorError
 
@@ -36,69 +40,135 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     }
 )
 
+_COMPARED_BYTES = 1 << 20
+_SUMMABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-def find_tensor(index: CheckpointIndex, name: str, out: torch.Tensor) -> TensorInfo:
-    """Look up the stored tensor `name` and check that it fits `out`: its shape, and a dtype that converts.
 
-    Raises TensorError.
+class TensorSource(Protocol):
+    """Where tensors come from, by their -PT names and in torch's orientation, however the files lay them out."""
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def read_into(self, out: torch.Tensor, parts: Mapping[str, int]) -> None:
+        """Fill `out` with tensors stacked along their first axis; `parts` maps each name to its rows.
+
+        Raises TensorError for one that is missing or has another shape.
+        """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredRead:
+    """One stored tensor to read, and where its values go.
+
+    `targets` pairs a stretch of the stored last axis with the rows of memory it fills; a single stretch None is the
+    whole tensor as it stands. `transposed`: the stored axes are the other way round.
     """
-    info = index.tensors.get(name)
-    if info is None:
-        close = difflib.get_close_matches(name, index.tensors, n=1)
+
+    info: TensorInfo
+    transposed: bool
+    targets: tuple[tuple[slice | None, torch.Tensor], ...]
+
+
+def find_reads(index: CheckpointIndex, layout: Layout, out: torch.Tensor, parts: Mapping[str, int]) -> list[StoredRead]:
+    """Which stored tensors fill `out`: the -PT tensors of `parts`, name to rows, stacked along the first axis.
+
+    Raises TensorError where a tensor is missing, or its shape or dtype does not fit.
+    """
+    reads: dict[str, StoredRead] = {}
+    first = 0
+    for name, num_rows in parts.items():
+        piece = layout.locate(name)
+        info = index.tensors.get(piece.key)
+        if info is None:
+            raise _missing(index, name, piece.key)
+        rows = out[first : first + num_rows]
+        _check_fit(info, piece, rows)
+        stretches = _stretches(piece, rows)
+        if piece.key in reads:
+            stretches = reads[piece.key].targets + stretches
+        reads[piece.key] = StoredRead(info=info, transposed=piece.transposed, targets=stretches)
+        first += num_rows
+    return list(reads.values())
+
+
+def _stretches(piece: Piece, rows: torch.Tensor) -> tuple[tuple[slice | None, torch.Tensor], ...]:
+    if piece.columns is None:
+        return ((None, rows),)
+    ends = list(accumulate(column.stop - column.start for column in piece.columns))
+    return tuple(
+        (column, rows[end - (column.stop - column.start) : end])
+        for column, end in zip(piece.columns, ends, strict=True)
+    )
+
+
+def _missing(index: CheckpointIndex, name: str, key: str) -> TensorError:
+    close = difflib.get_close_matches(key, index.tensors, n=1)
+    return TensorError(
+        f"{index.folder} has no tensor {key!r}" + (f" (for {name!r})" if key != name else ""),
+        hint=f"the closest name is {close[0]!r}" if close else "config.json asks for other weights",
+    )
+
+
+def _check_fit(info: TensorInfo, piece: Piece, rows: torch.Tensor) -> None:
+    wanted = [piece.stored_columns or rows.shape[0], *rows.shape[1:]]
+    if piece.transposed:
+        wanted.reverse()
+    if tuple(wanted) != info.shape:
         raise TensorError(
-            f"{index.folder} has no tensor {name!r}",
-            hint=f"the closest name is {close[0]!r}" if close else "config.json asks for other weights",
-        )
-    if tuple(out.shape) != info.shape:
-        raise TensorError(
-            f"tensor {name!r} is stored with shape {list(info.shape)}, but the model needs {list(out.shape)}",
+            f"tensor {info.name!r} is stored with shape {list(info.shape)}, but the model needs {wanted}",
             hint="config.json and the weight files do not belong together: fetch both again",
         )
     stored = TORCH_DTYPES[info.dtype]
-    if out.dtype != stored and not (out.dtype.is_floating_point and stored.is_floating_point):
+    if rows.dtype != stored and not (rows.dtype.is_floating_point and stored.is_floating_point):
         raise TensorError(
-            f"tensor {name!r} is stored as {info.dtype} and cannot be read as {_dtype_name(out.dtype)}",
+            f"tensor {info.name!r} is stored as {info.dtype} and cannot be read as {_dtype_name(rows.dtype)}",
             hint="only floating-point dtypes convert into one another",
         )
-    return info
 
 
 @final
 class TensorReader:
-    """Reads tensors of a checkpoint into memory the caller has laid out, and keeps count of which were read.
+    """Reads tensors of a checkpoint into memory the caller has laid out, by their -PT names.
 
     Files are read, not mapped, so that their pages never count as this process's memory. Safe to use from
     several threads. `advance`, if given, is told the bytes read, in steps of at most `BLOCK_BYTES`.
     """
 
-    def __init__(self, index: CheckpointIndex, *, advance: Advance | None = None) -> None:
+    def __init__(self, index: CheckpointIndex, layout: Layout, *, advance: Advance | None = None) -> None:
         self._index = index
+        self._layout = layout
         self._advance = advance
-        self._read: set[str] = set()
 
     def __contains__(self, name: object) -> bool:
-        return name in self._index.tensors
+        return isinstance(name, str) and self._layout.locate(name).key in self._index.tensors
 
-    def read_into(self, name: str, out: torch.Tensor) -> None:
-        """Read the stored tensor `name` into `out`, which has its shape; any strides, any device.
+    def read_into(self, out: torch.Tensor, parts: Mapping[str, int]) -> None:
+        """Fill `out` with tensors stacked along their first axis: `parts` says which, by -PT name, and their rows.
 
-        A contiguous CPU tensor of the stored dtype is filled in place. Anything else goes through a staging
-        buffer of at most `BLOCK_BYTES`; floating-point dtypes convert, others must match.
-        Raises TensorError for an unknown name, another shape or a dtype that does not convert, and
-        CorruptFileError when the file has shrunk since its header was read.
+        `out` may have any strides and lie on any device. A contiguous CPU tensor stored just so is filled in place.
+        Anything else goes through a staging buffer of at most `BLOCK_BYTES`; floating-point dtypes convert, others
+        must match.
+        Raises TensorError for an unknown name, another shape, a dtype that does not convert or a value that is not
+        finite, and CorruptFileError when the file has shrunk since its header was read.
         """
-        info = find_tensor(self._index, name, out)
-        stored = TORCH_DTYPES[info.dtype]
-        out = out.detach()
-        if out.device.type == "cpu" and out.dtype == stored and out.is_contiguous():
-            self._read_bytes(info, 0, _bytes_of(out))
-        else:
-            self._read_staged(info, out, stored)
-        self._read.add(name)
+        for read in find_reads(self._index, self._layout, out.detach(), parts):
+            stretch, target = read.targets[0]
+            stored = TORCH_DTYPES[read.info.dtype]
+            if stretch is None and not read.transposed:
+                if target.device.type == "cpu" and target.dtype == stored and target.is_contiguous():
+                    self._read_in_place(read.info, target)
+                else:
+                    self._read_staged(read.info, target, stored)
+            else:
+                self._read_columns(read, stored)
 
-    def unread(self) -> tuple[str, ...]:
-        """Names of the stored tensors that were not read so far, in file order."""
-        return tuple(name for name in self._index.tensors if name not in self._read)
+    def _read_in_place(self, info: TensorInfo, out: torch.Tensor) -> None:
+        flat = out.view(-1)
+        step = BLOCK_BYTES // flat.element_size()
+        for first in range(0, flat.numel(), step):
+            block = flat[first : first + step]
+            self._read_bytes(info, first * flat.element_size(), _bytes_of(block))
+            _check_finite(block, info)
 
     def _read_staged(self, info: TensorInfo, out: torch.Tensor, stored: torch.dtype) -> None:
         block_elements = BLOCK_BYTES // stored.itemsize
@@ -107,8 +177,27 @@ class TensorReader:
         for block in _blocks(out, block_elements):
             part = staging[: block.numel()]
             self._read_bytes(info, offset, _bytes_of(part))
+            _check_finite(part, info)
             block.copy_(part.view(block.shape))
             offset += part.numel() * stored.itemsize
+
+    def _read_columns(self, read: StoredRead, stored: torch.dtype) -> None:
+        """Read a matrix by blocks of its rows (or a vector at once) and hand each target its columns."""
+        info = read.info
+        num_columns = info.shape[-1]
+        num_rows = math.prod(info.shape[:-1])
+        block_rows = max(1, BLOCK_BYTES // (num_columns * stored.itemsize))
+        staging = torch.empty((min(num_rows, block_rows), num_columns), dtype=stored, device="cpu")
+        for first in range(0, num_rows, block_rows):
+            block = staging[: min(block_rows, num_rows - first)]
+            self._read_bytes(info, first * num_columns * stored.itemsize, _bytes_of(block))
+            _check_finite(block, info)
+            for stretch, target in read.targets:
+                values = block if stretch is None else block[:, stretch]
+                if read.transposed:
+                    target[:, first : first + len(block)].copy_(values.T)
+                else:
+                    target.copy_(values.reshape(target.shape))
 
     def _read_bytes(self, info: TensorInfo, offset: int, target: memoryview) -> None:
         done = 0
@@ -127,6 +216,22 @@ class TensorReader:
                     self._advance(num_bytes)
 
 
+def hold_the_same(first: TensorInfo, second: TensorInfo) -> bool:
+    """Whether two stored tensors agree in shape, dtype and every bit; the first difference ends the reading."""
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    with first.file.open("rb") as one, second.file.open("rb") as other:
+        one.seek(first.start)
+        other.seek(second.start)
+        left = first.num_bytes
+        while left:
+            step = min(left, _COMPARED_BYTES)
+            if one.read(step) != other.read(step):
+                return False
+            left -= step
+    return True
+
+
 def _blocks(out: torch.Tensor, max_elements: int) -> Iterator[torch.Tensor]:
     """Cut a tensor into views of at most `max_elements`, in row-major order."""
     if out.numel() <= max_elements:
@@ -139,6 +244,17 @@ def _blocks(out: torch.Tensor, max_elements: int) -> Iterator[torch.Tensor]:
     else:
         for row in out:
             yield from _blocks(row, max_elements)
+
+
+def _check_finite(block: torch.Tensor, info: TensorInfo) -> None:
+    # A sum is not finite if a term is not: the cheapest look. Where it only overflowed, the second look finds nothing.
+    if block.dtype in _SUMMABLE and not math.isfinite(block.sum()):
+        num_bad = int((~block.float().isfinite()).sum())
+        if num_bad:
+            raise TensorError(
+                f"tensor {info.name!r} in {info.file} holds {num_bad} values that are not finite (NaN or infinity)",
+                hint="the weights are damaged, or their training diverged: fetch the file again or use another release",
+            )
 
 
 def _bytes_of(contiguous: torch.Tensor) -> memoryview:

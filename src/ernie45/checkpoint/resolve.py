@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ernie45 import catalogue
+from ernie45.checkpoint.quantized_releases import refuse_by_name
 from ernie45.errors import InvalidRequestError, ModelNotFoundError
 
 
@@ -28,7 +29,8 @@ def resolve(
     fetched again, and a download that broke off goes on where it stopped.
 
     Raises ModelNotFoundError, AccessDeniedError or HubUnreachableError, CorruptFileError for a file that came
-    damaged, and CheckpointError when the disk is full or there are no safetensors weights.
+    damaged, CheckpointError when the disk is full or there are no safetensors weights, and UnsupportedError for a
+    quantised Paddle release.
     """
     if not isinstance(name_or_path, (str, os.PathLike)):
         raise InvalidRequestError(
@@ -52,6 +54,7 @@ def resolve(
             hint=catalogue.did_you_mean(name) or 'a Hub id reads "org/name"',
         )
 
+    refuse_by_name(repo_id)
     # Imported here because huggingface_hub takes a while to import and local folders do not need it.
     from ernie45.checkpoint.hub import fetch_checkpoint
 

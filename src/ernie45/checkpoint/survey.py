@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import final
 
 from torch import Tensor
 
 from ernie45.checkpoint.headers import CheckpointIndex
-from ernie45.checkpoint.read import find_tensor
+from ernie45.checkpoint.layouts import Layout
+from ernie45.checkpoint.read import find_reads
+from ernie45.types.reports import ReadTensor
 
 
 @final
@@ -18,22 +21,35 @@ class HeaderSurvey:
     the tensors asked for take in memory, `read_bytes` what they take in the files.
     """
 
-    def __init__(self, index: CheckpointIndex) -> None:
+    def __init__(self, index: CheckpointIndex, layout: Layout) -> None:
         self._index = index
-        self._asked: set[str] = set()
+        self._layout = layout
+        self._read: dict[str, ReadTensor] = {}
         self.weight_bytes = 0
-        self.read_bytes = 0
 
     def __contains__(self, name: object) -> bool:
-        return name in self._index.tensors
+        return isinstance(name, str) and self._layout.locate(name).key in self._index.tensors
 
-    def read_into(self, name: str, out: Tensor) -> None:
-        """Check that `name` is there in the shape of `out`. Raises TensorError."""
-        info = find_tensor(self._index, name, out)
-        self._asked.add(name)
+    def read_into(self, out: Tensor, parts: Mapping[str, int]) -> None:
+        """Check that the tensors of `parts` are there and fit the rows of `out`. Raises TensorError."""
+        for read in find_reads(self._index, self._layout, out, parts):
+            key = read.info.name
+            self._read[key] = ReadTensor(
+                key=key,
+                names=self._layout.names_in(key),
+                transposed=read.transposed,
+                fused=len(parts) > 1,
+            )
         self.weight_bytes += out.numel() * out.element_size()
-        self.read_bytes += info.num_bytes
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(self._index.tensors[key].num_bytes for key in self._read)
+
+    def read(self) -> tuple[ReadTensor, ...]:
+        """What was asked for, in file order."""
+        return tuple(self._read[key] for key in self._index.tensors if key in self._read)
 
     def unread(self) -> tuple[str, ...]:
-        """Names of the stored tensors that were not asked for, in file order."""
-        return tuple(name for name in self._index.tensors if name not in self._asked)
+        """Stored names of the tensors that were not asked for, in file order."""
+        return tuple(key for key in self._index.tensors if key not in self._read)

@@ -1,4 +1,5 @@
-"""The decoder's other operations, written as the published model defines them (transformers' `Ernie4_5ForCausalLM`)."""
+"""The decoder's other operations, written as the published models define them (transformers' `Ernie4_5ForCausalLM`
+and `Ernie4_5_MoeForCausalLM`)."""
 
 from __future__ import annotations
 
@@ -18,6 +19,29 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """gate_up [N, 2·I], gate half first -> silu(gate) · up [N, I]"""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+_ROUTED_ROWS = 16
+
+
+def route(
+    x: Tensor, weight: Tensor, correction: Tensor | None, num_chosen: int, norm_min: float
+) -> tuple[Tensor, Tensor]:
+    """Choose `num_chosen` (K) of E experts for each row of x [N, h], all in float32 -> numbers and shares [N, K].
+
+    Chosen are the highest softmax(x · weightᵀ) + correction; the shares are the probabilities without the correction,
+    over their sum or `norm_min`, whichever is more. weight [E, h], correction [1, E].
+    """
+    # A product of always as many rows: with another number a row's last bits may change, and with them the choice.
+    blocks = [
+        F.linear(F.pad(rows, (0, 0, 0, _ROUTED_ROWS - len(rows))), weight)[: len(rows)]
+        for rows in x.float().split(_ROUTED_ROWS)
+    ]
+    probabilities = torch.cat(blocks).softmax(dim=-1)
+    scores = probabilities if correction is None else probabilities + correction
+    chosen = scores.topk(num_chosen, dim=-1).indices
+    shares = probabilities.gather(-1, chosen)
+    return chosen, shares / shares.sum(dim=-1, keepdim=True).clamp(min=norm_min)
 
 
 class RotaryTable:

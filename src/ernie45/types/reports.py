@@ -6,6 +6,20 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ReadTensor:
+    """A stored tensor that was read: its name in the files, and the -PT names of what it holds.
+
+    `transposed`: the file has [in, out]. `fused`: it became part of a larger matrix in memory, as query, key and value
+    do. A tensor with several `names` was split, unless it was wanted fused in the same order.
+    """
+
+    key: str
+    names: tuple[str, ...]
+    transposed: bool
+    fused: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class IgnoredTensor:
     """A stored tensor that was not read, and why."""
 
@@ -15,16 +29,44 @@ class IgnoredTensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadReport:
-    """What was read from a checkpoint folder. Every stored tensor was read or stands in `ignored`.
+    """What was read from a checkpoint folder. Every stored tensor stands in `read` or in `ignored`.
 
-    `unknown_config_keys` are keys of config.json that ernie45 does not know; they may or may not matter.
+    `layout` is "pt", "paddle" or "paddleformers". `unknown_config_keys` are keys of config.json that ernie45 does not
+    know; they may or may not matter. `adapter` is the folder of the adapter that was merged.
     """
 
     folder: str
-    num_tensors: int
+    layout: str
+    read: tuple[ReadTensor, ...]
     weight_bytes: int
     load_seconds: float
     device: str
     dtype: str
     ignored: tuple[IgnoredTensor, ...] = ()
     unknown_config_keys: tuple[str, ...] = ()
+    adapter: str | None = None
+
+    @property
+    def num_tensors(self) -> int:
+        """How many stored tensors were read."""
+        return len(self.read)
+
+    def __str__(self) -> str:
+        transposed = sum(tensor.transposed for tensor in self.read)
+        split = sum(len(tensor.names) > 1 for tensor in self.read)
+        fused = sum(tensor.fused for tensor in self.read)
+        lines = [
+            f"{self.folder}: layout {self.layout!r}, {self.weight_bytes:,} bytes of weights as {self.dtype} on "
+            f"{self.device} in {self.load_seconds:.1f} s",
+            f"{self.num_tensors} tensors read ({transposed} transposed, {split} split, {fused} fused), "
+            f"{len(self.ignored)} ignored",
+        ]
+        reasons: dict[str, list[str]] = {}
+        for tensor in self.ignored:
+            reasons.setdefault(tensor.reason, []).append(tensor.name)
+        lines += [f"ignored, {reason}: {', '.join(names)}" for reason, names in reasons.items()]
+        if self.adapter is not None:
+            lines.append(f"merged adapter: {self.adapter}")
+        if self.unknown_config_keys:
+            lines.append(f"unknown keys in config.json: {', '.join(self.unknown_config_keys)}")
+        return "\n".join(lines)

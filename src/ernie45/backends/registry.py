@@ -1,0 +1,65 @@
+"""Which code runs which `model_type`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+
+from ernie45.backends.base import Backend
+from ernie45.backends.text import build_text
+from ernie45.checkpoint.read import TensorSource
+from ernie45.errors import InvalidRequestError
+from ernie45.spec import ModelSpec, parse_spec
+
+
+class BuildBackend(Protocol):
+    """Builds a backend from a checkpoint's tensors.
+
+    It is called twice: first on torch's "meta" device with a source that only checks names and shapes, so that whatever
+    is missing shows before anything is read, then on the real one. Every stored tensor must be asked for.
+    """
+
+    def __call__(
+        self, spec: ModelSpec, source: TensorSource, *, dtype: torch.dtype, device: torch.device, context_tokens: int
+    ) -> Backend: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """How one `model_type` is read and run."""
+
+    parse_spec: Callable[[Mapping[str, Any]], ModelSpec]
+    build: BuildBackend
+
+
+_TEXT = Architecture(parse_spec=parse_spec, build=build_text)
+_OURS: Mapping[str, Architecture] = MappingProxyType({"ernie4_5": _TEXT, "ernie4_5_moe": _TEXT})
+_registered: dict[str, Architecture] = {}
+
+
+def register(model_type: str, *, parse_spec: Callable[[Mapping[str, Any]], ModelSpec], build: BuildBackend) -> None:
+    """Have checkpoints whose config.json says `model_type` read and run by other code, before ernie45's own.
+
+    `parse_spec` turns the config into a ModelSpec, `build` makes the backend (see `BuildBackend`).
+
+    Raises:
+        InvalidRequestError: the model type is registered already.
+    """
+    if model_type in _registered:
+        raise InvalidRequestError(
+            f"model_type {model_type!r} is registered already",
+            hint="register each model_type once, at import",
+        )
+    _registered[model_type] = Architecture(parse_spec=parse_spec, build=build)
+
+
+def find_architecture(config: Mapping[str, Any]) -> Architecture:
+    """The code for a config: what was registered for its `model_type`, else ours (which refuses what it cannot run)."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        return _TEXT
+    return _registered.get(model_type) or _OURS.get(model_type, _TEXT)

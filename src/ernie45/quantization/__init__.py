@@ -1,0 +1,1 @@
+"""Quantised weights as published: from the stored integers and scales to the numbers they stand for."""

@@ -24,6 +24,12 @@ EXPECTED = {
     ],
     "scoring.py": ["Paris: probability"],
     "testing_your_code.py": ["2 tests passed\n"],
+    "thinking.py": [
+        "reasoning: 12 + 30 = 42, 42 + 9 = 51\nanswer: 51\n",
+        ")51\n",
+        "next answer: 18\n",
+        "after 4 tokens of reasoning (",
+    ],
 }
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ernie45 import ErnieModel, InvalidRequestError, Prompt
+from ernie45 import ErnieModel, InvalidRequestError, Prompt, UnsupportedError
 
 PROMPT = "the cat sat on"
 MESSAGES = [{"role": "user", "content": "the cat"}]
@@ -119,6 +120,36 @@ def test_a_batch_item_may_have_options_of_its_own(small_model: ErnieModel) -> No
     assert first.token_ids != second.token_ids
     assert third.usage.completion_tokens == 3
     assert items[1] == {"prompt": PROMPT, "seed": 2}
+
+
+# Thinking
+
+
+def test_a_budget_ends_the_reasoning_of_a_real_model(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path)
+    (folder / "chat_template.jinja").write_text("{{ messages[-1].content }}<think>\n")
+    with open_model(folder) as model, pytest.raises(UnsupportedError, match="</think> to be one token") as caught:
+        model.chat(MESSAGES, thinking_budget=3)
+    assert "max_new_tokens" in caught.value.hint
+
+    end_id = model.tokenizer.size
+    (folder / "added_tokens.json").write_text(json.dumps({"</think>": end_id}))
+    for registered in ({}, {"additional_special_tokens": ["</think>"]}):
+        (folder / "special_tokens_map.json").write_text(json.dumps(registered))
+        with open_model(folder) as model:
+            options: dict[str, Any] = {**HOT, "seed": 3, "max_new_tokens": 30, "logit_bias": {end_id: -100}}
+            free = model.chat(MESSAGES, **options)
+            assert (free.text, bool(free.reasoning)) == ("", True)
+            short, none = (model.chat(MESSAGES, thinking_budget=budget, **options) for budget in (6, 0))
+            closing = tuple(model.tokenizer.encode("\n</think>\n\n"))
+            assert short.token_ids[:10] == (*free.token_ids[:6], *closing)
+            assert short.reasoning == model.tokenizer.decode(free.token_ids[:6]).strip("\n")
+            assert short.text == model.tokenizer.decode(short.token_ids[10:]).strip("\n")
+            assert (none.token_ids[:4], none.reasoning) == (closing, "")
+            assert none.usage.completion_tokens == short.usage.completion_tokens == 30
+            mixed = [model.stream_chat(MESSAGES, thinking_budget=budget, **options) for budget in (6, 0, None)]
+            ids = [tuple(token_id for chunk in stream for token_id in chunk.token_ids) for stream in mixed]
+            assert ids == [short.token_ids, none.token_ids, free.token_ids]
 
 
 # Where a reply ends

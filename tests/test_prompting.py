@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ernie45.errors import InvalidRequestError, TemplateError, TokenizerError
+from ernie45.errors import InvalidRequestError, TemplateError, TokenizerError, UnsupportedError
 from ernie45.prompting import Prompter
 from ernie45.tokenizer import ERNIE45_TEMPLATE, ChatTemplate, load_tokenizer
 from ernie45.types.prompts import Prompt
@@ -86,6 +86,135 @@ def test_a_picture_is_named_as_what_this_model_cannot_read(prompter: Prompter) -
     image = {"type": "image", "image": "cat.png"}
     with pytest.raises(InvalidRequestError, match=r"message 1 has a part of type 'image'"):
         prompter.from_messages([say("user", "hi"), say("user", [{"type": "text", "text": "see"}, image])])
+
+
+# Thinking
+
+SYSTEM = "<|im_start|>system\n<global_setting>\nthink_mode=True\n</global_setting><|im_end|>\n\n"
+OPEN = "<|im_start|>assistant\n<think>\n"
+
+
+@pytest.fixture
+def thinker(tokenizer_folder: Path, shared_data: Path) -> Prompter:
+    """Renders as 21B-A3B-Thinking does."""
+    source = (shared_data / "chat_templates" / "ernie45-21b-thinking.jinja").read_text()
+    return prompter_with(tokenizer_folder, source)
+
+
+def turn(role: str, text: str) -> str:
+    return f"<|im_start|>{role}\n{text}<|im_end|>\n\n"
+
+
+def answered(text: str, thoughts: str | None = None) -> dict[str, Any]:
+    return {**say("assistant", text), **({} if thoughts is None else {"thoughts": thoughts})}
+
+
+def response(text: str) -> str:
+    return f"<response>\n{text}\n</response>\n"
+
+
+def test_old_reasoning_is_dropped_from_the_history(thinker: Prompter) -> None:
+    messages = [say("user", "q"), answered("a", "because"), say("user", "p"), answered("b", "since"), say("user", "r")]
+    prompt = thinker.from_messages(messages)
+    history = [turn("user", "q"), turn("assistant", response("a")), turn("user", "p"), turn("assistant", response("b"))]
+    assert prompt.text == SYSTEM + "".join(history) + turn("user", "r") + OPEN
+    assert prompt.thinking
+
+
+def test_reasoning_since_the_last_question_is_kept(thinker: Prompter) -> None:
+    result = "<tool_output>\n20\n</tool_output>"
+    messages = [say("user", "p"), answered("x", "old"), say("user", "q"), answered("call", "why"), say("user", result)]
+    assert thinker.from_messages(messages).text == SYSTEM + "".join(
+        [
+            turn("user", "p"),
+            turn("assistant", response("x")),
+            turn("user", "q"),
+            turn("assistant", "<think>\nwhy\n</think>\n" + response("call")),
+            turn("user", result),
+            OPEN,
+        ]
+    )
+
+
+def test_a_system_text_stands_in_the_settings(thinker: Prompter) -> None:
+    text = thinker.from_messages([say("system", "Be brief."), say("user", "q")]).text
+    settings = "<system_setting>\nBe brief.\n</system_setting>\n\n<global_setting>\nthink_mode=True\n</global_setting>"
+    assert text == turn("system", settings) + turn("user", "q") + OPEN
+
+
+@pytest.mark.parametrize(
+    ("raw", "text", "thoughts"),
+    [
+        ("why\n</think>\n\n<response>\na\n</response>\n", "a", "why"),
+        ("<think>\nwhy\n</think>\n\na", "a", "why"),
+        ("<response>\na\n</response>", "a", ""),
+        ("\n<think>\ncut off", "", "cut off"),
+        ("Write <think> and <response>.", "Write <think> and <response>.", None),
+    ],
+)
+def test_a_raw_reply_in_the_history_is_taken_apart(thinker: Prompter, raw: str, text: str, thoughts: str) -> None:
+    for later in ([], [say("user", "again")]):
+        given = thinker.from_messages([say("user", "q"), answered(raw), *later])
+        assert given == thinker.from_messages([say("user", "q"), answered(text, thoughts), *later])
+        assert given.text.count("<response>") <= 1 + raw.count("Write")
+
+
+def test_content_beside_thoughts_is_an_answer_as_it_is(thinker: Prompter) -> None:
+    content = "The tag </think> ends it."
+    text = thinker.from_messages([say("user", "q"), answered(content, ""), say("user", "r")]).text
+    assert turn("assistant", response(content)) in text
+
+
+def test_a_template_that_knows_no_reasoning_leaves_it_out_and_content_alone(prompter: Prompter) -> None:
+    raw = "why\n</think>\n\n<response>\na\n</response>\n"
+    assert f"Assistant: {raw}<|end_of_sentence|>" in prompter.from_messages([answered(raw), say("user", "x")]).text
+    plain = prompter.from_messages([answered("a"), say("user", "x")])
+    assert prompter.from_messages([answered("a", "why"), say("user", "x")]) == plain
+    assert not plain.thinking
+
+
+def test_thoughts_of_none_are_no_thoughts(thinker: Prompter) -> None:
+    messages = [say("user", "q"), answered("a")]
+    assert thinker.from_messages([messages[0], {**messages[1], "thoughts": None}]) == thinker.from_messages(messages)
+
+
+@pytest.mark.parametrize("message", [{**say("user", "hi"), "thoughts": "hm"}, {**say("assistant", "a"), "thoughts": 3}])
+def test_thoughts_are_text_of_an_assistant(thinker: Prompter, message: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match=r"message 0, of role '(user|assistant)', has the thoughts") as caught:
+        thinker.from_messages([message, say("user", "x")])
+    assert caught.value.hint
+
+
+def test_thinking_follows_the_checkpoint_and_the_impossible_is_refused(prompter: Prompter, thinker: Prompter) -> None:
+    messages = [say("user", "q")]
+    assert thinker.from_messages(messages, thinking=True) == thinker.from_messages(messages, thinking=None)
+    assert prompter.from_messages(messages, thinking=False) == prompter.from_messages(messages)
+    with pytest.raises(UnsupportedError, match="always thinks") as caught:
+        thinker.from_messages(messages, thinking=False)
+    assert "thinking_budget=0" in caught.value.hint
+    with pytest.raises(UnsupportedError, match="does not think") as caught:
+        prompter.from_messages(messages, thinking=True)
+    assert "21B-A3B-Thinking" in caught.value.hint
+    options: dict[str, Any] = {"thinking": "yes"}
+    with pytest.raises(InvalidRequestError, match="thinking must be True, False or None, not 'yes'"):
+        prompter.from_messages(messages, **options)
+
+
+def test_a_template_with_a_switch_is_told(tokenizer_folder: Path) -> None:
+    switch = "{{ '<think>\\n' if enable_thinking else '<think>\\n\\n</think>\\n' }}"
+    prompter = prompter_with(tokenizer_folder, switch)
+    messages = [say("user", "q")]
+    assert [prompter.from_messages(messages, thinking=asked).thinking for asked in (None, False, True)] == [
+        False,
+        False,
+        True,
+    ]
+
+
+def test_a_rendered_prompt_given_for_completion_is_plain_text(thinker: Prompter) -> None:
+    prompt = thinker.from_messages([say("user", "q")])
+    taken = thinker.from_prompt(prompt)
+    assert (taken.text, taken.token_ids, taken.thinking) == (prompt.text, prompt.token_ids, False)
 
 
 @pytest.mark.parametrize("prompt", [[1, 2], (1, 2)])

@@ -12,7 +12,7 @@ import pytest
 
 from ernie45.replies import AsyncReplyStream, Reply, ReplyStream, collect, collect_async
 from ernie45.tokenizer import TextAssembler, Tokenizer, load_tokenizer
-from ernie45.types.results import CompletionChunk, TokenEvent, TokenLogprob
+from ernie45.types.results import ChatChunk, TokenEvent, TokenLogprob
 
 
 class ByHand:
@@ -67,7 +67,7 @@ def events_of(ids: list[int], finish_reason: Any = "length") -> list[TokenEvent]
     ]
 
 
-def as_is(chunk: CompletionChunk) -> CompletionChunk:
+def as_is(chunk: ChatChunk) -> ChatChunk:
     return chunk
 
 
@@ -148,6 +148,25 @@ def test_logprobs_are_collected_where_asked_for() -> None:
     entry = TokenLogprob(token_id=5, logprob=-0.5)
     event = TokenEvent(token_id=5, logprob=entry, finish_reason="length")
     assert collect([reply_of(ByHand(event), with_logprobs=True)])[0].logprobs == (entry,)
+
+
+def test_reasoning_is_told_apart_and_none_where_nobody_thinks(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a hat\n</think>\n\n<response>\nthe cat\n</response>\n")
+    thinking = reply_of(ByHand(*events_of(ids)), assembler=TextAssembler(tokenizer, thinking=True))
+    chunks = list(ReplyStream(thinking, as_is))
+    assert len(chunks) == len(ids)
+    assert "".join(chunk.reasoning for chunk in chunks) == thinking.completion().reasoning == "a hat"
+    assert "".join(chunk.text for chunk in chunks) == thinking.completion().text == "the cat"
+    assert thinking.completion().message == {"role": "assistant", "content": "the cat", "thoughts": "a hat"}
+    (plain,) = collect([reply_of(ByHand(*events_of(ids)), tokenizer)])
+    assert (plain.reasoning, plain.text) == (None, tokenizer.decode(ids))
+    assert plain.message == {"role": "assistant", "content": plain.text}
+
+
+def test_a_reply_that_ends_while_thinking_has_no_text(tokenizer: Tokenizer) -> None:
+    handle = ByHand(*events_of(tokenizer.encode("the cat sat\n")))
+    (done,) = collect([reply_of(handle, assembler=TextAssembler(tokenizer, ["cat"], thinking=True))])
+    assert (done.text, done.reasoning, done.finish_reason) == ("", "the cat sat", "length")
 
 
 # Streams

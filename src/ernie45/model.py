@@ -12,7 +12,7 @@ from typing_extensions import Self, Unpack
 
 from ernie45.errors import InvalidRequestError
 from ernie45.loading import LoadedModel, MemoryLimit, load
-from ernie45.options import RequestMaker, stop_texts
+from ernie45.options import RequestMaker, limit_thinking, stop_texts
 from ernie45.prompting import Prompter, no_tokenizer
 from ernie45.replies import AsyncReplyStream, Reply, ReplyStream, collect, collect_async
 from ernie45.scoring import prompt_logits, prompt_score
@@ -63,6 +63,7 @@ class ErnieModel:
         memory: MemoryLimit | None = None,
         context_tokens: int | None = None,
         max_batch: int | None = None,
+        adapter: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
@@ -78,6 +79,7 @@ class ErnieModel:
             memory: limit for weights and KV cache, "12GiB" for the host or {"cuda:0": "20GiB"}; None is what is free.
             context_tokens: longest prompt + reply in tokens; None is 8192, the model's maximum or what fits.
             max_batch: how many requests run at a time, others wait; None is 32 or what fits.
+            adapter: folder of a LoRA adapter that PEFT saved; it is merged into the weights while they are read.
             revision: branch, tag or commit of a Hub id.
             cache_dir: where downloads go; None is huggingface_hub's cache.
             local_files_only: use what is cached and no network.
@@ -98,6 +100,7 @@ class ErnieModel:
             memory=memory,
             context_tokens=context_tokens,
             max_batch=max_batch,
+            adapter=adapter,
             revision=revision,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
@@ -115,11 +118,11 @@ class ErnieModel:
             InvalidRequestError: a prompt or option that cannot be used.
             ContextLengthError: prompt and `max_new_tokens` do not fit the context.
         """
-        return collect([self._reply(self._prompter.from_prompt(prompt), options)])[0]
+        return _completion(collect([self._reply(self._prompter.from_prompt(prompt), options)])[0])
 
     def stream_generate(self, prompt: PromptLike, **options: Unpack[SamplingOptions]) -> ReplyStream[CompletionChunk]:
         """Like `generate`, chunk by chunk; a chunk comes for every token. Leaving the loop cancels."""
-        return ReplyStream(self._reply(self._prompter.from_prompt(prompt), options), _as_is, owner=self)
+        return ReplyStream(self._reply(self._prompter.from_prompt(prompt), options), _completion_chunk, owner=self)
 
     def batch_generate(
         self, prompts: Sequence[PromptLike | Mapping[str, Any]], **options: Unpack[SamplingOptions]
@@ -128,64 +131,107 @@ class ErnieModel:
 
         An item may be `{"prompt": …, option: …}`; its options go before the shared ones.
         """
-        return collect(self._prompt_replies(prompts, options))
+        return [_completion(done) for done in collect(self._prompt_replies(prompts, options))]
 
     async def agenerate(self, prompt: PromptLike, **options: Unpack[SamplingOptions]) -> Completion:
         """The async twin of `generate`; cancelling the task cancels the reply."""
-        return (await collect_async([self._reply(self._prompter.from_prompt(prompt), options)]))[0]
+        return _completion((await collect_async([self._reply(self._prompter.from_prompt(prompt), options)]))[0])
 
     def astream_generate(
         self, prompt: PromptLike, **options: Unpack[SamplingOptions]
     ) -> AsyncReplyStream[CompletionChunk]:
         """The async twin of `stream_generate`: `async for chunk in model.astream_generate(…)`."""
-        return AsyncReplyStream(self._reply(self._prompter.from_prompt(prompt), options), _as_is, owner=self)
+        return AsyncReplyStream(self._reply(self._prompter.from_prompt(prompt), options), _completion_chunk, owner=self)
 
     async def abatch_generate(
         self, prompts: Sequence[PromptLike | Mapping[str, Any]], **options: Unpack[SamplingOptions]
     ) -> list[Completion]:
         """The async twin of `batch_generate`."""
-        return await collect_async(self._prompt_replies(prompts, options))
+        return [_completion(done) for done in await collect_async(self._prompt_replies(prompts, options))]
 
     # Chat
 
-    def chat(self, messages: Conversation, **options: Unpack[SamplingOptions]) -> ChatCompletion:
+    def chat(
+        self,
+        messages: Conversation,
+        *,
+        thinking: bool | None = None,
+        thinking_budget: int | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> ChatCompletion:
         """Answer a conversation, rendered with the checkpoint's chat template (`render` shows it).
+
+        Args:
+            thinking: whether to reason before the answer; None does as the checkpoint does.
+            thinking_budget: most tokens of reasoning, part of `max_new_tokens`; None sets no limit of its own.
 
         Raises:
             InvalidRequestError: messages or an option that cannot be used.
             ContextLengthError: conversation and `max_new_tokens` do not fit the context.
+            UnsupportedError: the checkpoint cannot think, or cannot do without.
         """
-        return _chat_completion(collect([self._reply(self.render(messages), options)])[0])
+        return collect([self._chat_reply(messages, options, thinking, thinking_budget)])[0]
 
-    def stream_chat(self, messages: Conversation, **options: Unpack[SamplingOptions]) -> ReplyStream[ChatChunk]:
+    def stream_chat(
+        self,
+        messages: Conversation,
+        *,
+        thinking: bool | None = None,
+        thinking_budget: int | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> ReplyStream[ChatChunk]:
         """Like `chat`, chunk by chunk; a chunk comes for every token. Leaving the loop cancels."""
-        return ReplyStream(self._reply(self.render(messages), options), _chat_chunk, owner=self)
+        return ReplyStream(self._chat_reply(messages, options, thinking, thinking_budget), _as_is, owner=self)
 
     def batch_chat(
-        self, conversations: Sequence[Conversation], **options: Unpack[SamplingOptions]
+        self,
+        conversations: Sequence[Conversation],
+        *,
+        thinking: bool | None = None,
+        thinking_budget: int | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> list[ChatCompletion]:
         """Answer many conversations at once; results in order, each the same as alone."""
-        return [_chat_completion(done) for done in collect(self._chat_replies(conversations, options))]
+        return collect(self._chat_replies(conversations, options, thinking, thinking_budget))
 
-    async def achat(self, messages: Conversation, **options: Unpack[SamplingOptions]) -> ChatCompletion:
+    async def achat(
+        self,
+        messages: Conversation,
+        *,
+        thinking: bool | None = None,
+        thinking_budget: int | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> ChatCompletion:
         """The async twin of `chat`; cancelling the task cancels the reply."""
-        return _chat_completion((await collect_async([self._reply(self.render(messages), options)]))[0])
+        return (await collect_async([self._chat_reply(messages, options, thinking, thinking_budget)]))[0]
 
-    def astream_chat(self, messages: Conversation, **options: Unpack[SamplingOptions]) -> AsyncReplyStream[ChatChunk]:
+    def astream_chat(
+        self,
+        messages: Conversation,
+        *,
+        thinking: bool | None = None,
+        thinking_budget: int | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> AsyncReplyStream[ChatChunk]:
         """The async twin of `stream_chat`: `async for chunk in model.astream_chat(…)`."""
-        return AsyncReplyStream(self._reply(self.render(messages), options), _chat_chunk, owner=self)
+        return AsyncReplyStream(self._chat_reply(messages, options, thinking, thinking_budget), _as_is, owner=self)
 
     async def abatch_chat(
-        self, conversations: Sequence[Conversation], **options: Unpack[SamplingOptions]
+        self,
+        conversations: Sequence[Conversation],
+        *,
+        thinking: bool | None = None,
+        thinking_budget: int | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> list[ChatCompletion]:
         """The async twin of `batch_chat`."""
-        return [_chat_completion(done) for done in await collect_async(self._chat_replies(conversations, options))]
+        return await collect_async(self._chat_replies(conversations, options, thinking, thinking_budget))
 
     # Looking inside
 
-    def render(self, messages: Conversation) -> Prompt:
+    def render(self, messages: Conversation, *, thinking: bool | None = None) -> Prompt:
         """The prompt that `chat` would send: its text and token ids."""
-        return self._prompter.from_messages(messages)
+        return self._prompter.from_messages(messages, thinking=thinking)
 
     def logits(self, prompt: PromptLike, positions: Sequence[int] | None = None) -> Tensor:
         """Raw float32 logits [T, V] after each token of a prompt, or [n, V] of the `positions` asked for
@@ -273,19 +319,27 @@ class ErnieModel:
                 pairs.append((self._prompter.from_prompt(item), {**shared, **own}))
         return self._replies(pairs, "prompts")
 
-    def _chat_replies(self, conversations: Sequence[Conversation], options: SamplingOptions) -> list[Reply]:
+    def _chat_replies(
+        self,
+        conversations: Sequence[Conversation],
+        options: SamplingOptions,
+        thinking: bool | None,
+        thinking_budget: int | None,
+    ) -> list[Reply]:
         pairs: list[tuple[Prompt, Mapping[str, Any]]] = []
         for index, conversation in enumerate(_items(conversations, "conversations")):
             with _naming(f"conversations[{index}]"):
-                pairs.append((self.render(conversation), options))
-        return self._replies(pairs, "conversations")
+                pairs.append((self.render(conversation, thinking=thinking), options))
+        return self._replies(pairs, "conversations", thinking_budget)
 
-    def _replies(self, pairs: Sequence[tuple[Prompt, Mapping[str, Any]]], what: str) -> list[Reply]:
+    def _replies(
+        self, pairs: Sequence[tuple[Prompt, Mapping[str, Any]]], what: str, thinking_budget: int | None = None
+    ) -> list[Reply]:
         """Start all, after every prompt and option was checked."""
         prepared = []
         for index, (prompt, options) in enumerate(pairs):
             with _naming(f"{what}[{index}]"):
-                prepared.append(self._prepared(prompt, options))
+                prepared.append(self._prepared(prompt, options, thinking_budget))
         started: list[Reply] = []
         try:
             for request, assembler in prepared:
@@ -296,15 +350,23 @@ class ErnieModel:
             raise
         return started
 
-    def _reply(self, prompt: Prompt, options: SamplingOptions) -> Reply:
-        return self._started(*self._prepared(prompt, options))
+    def _chat_reply(
+        self, messages: Conversation, options: SamplingOptions, thinking: bool | None, thinking_budget: int | None
+    ) -> Reply:
+        return self._reply(self.render(messages, thinking=thinking), options, thinking_budget)
 
-    def _prepared(self, prompt: Prompt, options: Mapping[str, Any]) -> tuple[TokenRequest, TextAssembler | None]:
-        request = self._requests.request(prompt, options)
+    def _reply(self, prompt: Prompt, options: SamplingOptions, thinking_budget: int | None = None) -> Reply:
+        return self._started(*self._prepared(prompt, options, thinking_budget))
+
+    def _prepared(
+        self, prompt: Prompt, options: Mapping[str, Any], thinking_budget: int | None
+    ) -> tuple[TokenRequest, TextAssembler | None]:
+        limit = None if thinking_budget is None else limit_thinking(thinking_budget, prompt, self.tokenizer)
+        request = self._requests.request(prompt, options, limit)
         stop, tokenizer = stop_texts(options), self._loaded.tokenizer
         if stop and tokenizer is None:
             raise no_tokenizer("a stop text")
-        return request, TextAssembler(tokenizer, stop) if tokenizer is not None else None
+        return request, TextAssembler(tokenizer, stop, thinking=prompt.thinking) if tokenizer is not None else None
 
     def _started(self, request: TokenRequest, assembler: TextAssembler | None) -> Reply:
         return Reply(
@@ -332,12 +394,12 @@ def _naming(item: str) -> Iterator[None]:
         raise type(error)(f"{item}: {error.message}", hint=error.hint) from error
 
 
-def _as_is(chunk: CompletionChunk) -> CompletionChunk:
+def _as_is(chunk: ChatChunk) -> ChatChunk:
     return chunk
 
 
-def _chat_chunk(chunk: CompletionChunk) -> ChatChunk:
-    return ChatChunk(
+def _completion_chunk(chunk: ChatChunk) -> CompletionChunk:
+    return CompletionChunk(
         text=chunk.text,
         token_ids=chunk.token_ids,
         logprobs=chunk.logprobs,
@@ -346,11 +408,11 @@ def _chat_chunk(chunk: CompletionChunk) -> ChatChunk:
     )
 
 
-def _chat_completion(completion: Completion) -> ChatCompletion:
-    return ChatCompletion(
-        text=completion.text,
-        token_ids=completion.token_ids,
-        finish_reason=completion.finish_reason,
-        usage=completion.usage,
-        logprobs=completion.logprobs,
+def _completion(done: ChatCompletion) -> Completion:
+    return Completion(
+        text=done.text,
+        token_ids=done.token_ids,
+        finish_reason=done.finish_reason,
+        usage=done.usage,
+        logprobs=done.logprobs,
     )

@@ -8,10 +8,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ernie45.errors import ContextLengthError, InvalidRequestError
+from ernie45.errors import ContextLengthError, InvalidRequestError, UnsupportedError
 from ernie45.spec import GenerationDefaults
+from ernie45.tokenizer import THINK_END, Tokenizer
 from ernie45.types.prompts import Prompt
-from ernie45.types.requests import Sampling, SamplingOptions, TokenRequest
+from ernie45.types.requests import Sampling, SamplingOptions, ThinkingLimit, TokenRequest
 
 DEFAULT_MAX_NEW_TOKENS = 512
 
@@ -27,7 +28,9 @@ class RequestMaker:
     stop_token_ids: frozenset[int]
     context_tokens: int
 
-    def request(self, prompt: Prompt, options: Mapping[str, Any]) -> TokenRequest:
+    def request(
+        self, prompt: Prompt, options: Mapping[str, Any], thinking_limit: ThinkingLimit | None = None
+    ) -> TokenRequest:
         """Check `options` (those of SamplingOptions) and complete them with the defaults.
 
         Raises:
@@ -45,6 +48,7 @@ class RequestMaker:
             sampling=Sampling(**{**defaults, **given}),
             max_new_tokens=self._max_new_tokens(len(prompt), options.get("max_new_tokens")),
             stop_token_ids=stop_token_ids,
+            thinking_limit=thinking_limit,
         )
 
     def fitting(self, prompt: Prompt) -> Prompt:
@@ -80,6 +84,29 @@ def stop_texts(options: Mapping[str, Any]) -> tuple[str, ...]:
             hint='e.g. stop=["\\n\\n", "User:"]; token ids go to stop_token_ids',
         )
     return tuple(texts)
+
+
+def limit_thinking(budget: int, prompt: Prompt, tokenizer: Tokenizer) -> ThinkingLimit:
+    """The `thinking_budget` of a call, in tokens, as the engine keeps it.
+
+    Raises:
+        InvalidRequestError: not a whole number from 0.
+        UnsupportedError: the prompt asks for no reasoning, or `</think>` is no single token of this tokenizer.
+    """
+    if not prompt.thinking:
+        raise UnsupportedError(
+            "thinking_budget= was given, but this checkpoint does not think: its chat template opens no <think>",
+            hint="leave thinking_budget= out, or load a Thinking checkpoint, such as ERNIE-4.5-21B-A3B-Thinking",
+        )
+    end_ids = tokenizer.encode(THINK_END)
+    if len(end_ids) != 1:
+        raise UnsupportedError(
+            f"thinking_budget= needs {THINK_END} to be one token, and this tokenizer makes {len(end_ids)} of it",
+            hint="leave thinking_budget= out; max_new_tokens= limits reasoning and answer together",
+        )
+    # As the models themselves end their reasoning.
+    closing_ids = tuple(tokenizer.encode(f"\n{THINK_END}\n\n"))
+    return ThinkingLimit(max_tokens=budget, end_token_id=end_ids[0], closing_ids=closing_ids)
 
 
 def _check_names(options: Mapping[Any, Any]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ernie45.errors import InvalidRequestError, TemplateError, TokenizerError
-from ernie45.tokenizer import ChatTemplate, Tokenizer
+from ernie45.errors import InvalidRequestError, TemplateError, TokenizerError, UnsupportedError
+from ernie45.tokenizer import RESPONSE, THINK, THINK_END, ChatTemplate, Tokenizer, split_reply
 from ernie45.types.messages import Conversation, Message
 from ernie45.types.prompts import Prompt
 
@@ -24,27 +24,41 @@ class Prompter:
         self._template = template
         self._vocab_size = vocab_size
 
-    def from_messages(self, messages: Conversation) -> Prompt:
+    def from_messages(self, messages: Conversation, *, thinking: bool | None = None) -> Prompt:
         """Render a conversation, up to where the assistant is to speak.
+
+        `thinking` asks for reasoning before the reply, or for none; None leaves it to the template.
 
         Raises:
             InvalidRequestError: not a list of messages, an unknown role, or content this model cannot read.
             TemplateError: the chat template refuses the messages, or makes nothing of them.
             TokenizerError: the checkpoint has no tokenizer.
+            UnsupportedError: the checkpoint cannot do what `thinking` asks for.
         """
         checked = _checked(messages)
+        if thinking is not None and not isinstance(thinking, bool):
+            raise InvalidRequestError(
+                f"thinking must be True, False or None, not {thinking!r}",
+                hint="None follows the checkpoint; how long it may think is thinking_budget=",
+            )
         if self._tokenizer is None or self._template is None:
             raise no_tokenizer("chat")
-        text = self._template.render(checked, add_generation_prompt=True)
+        if self._template.knows_reasoning:
+            checked = [_taken_apart(message) for message in checked]
+        variables = {} if thinking is None else {"enable_thinking": thinking}
+        text = self._template.render(checked, add_generation_prompt=True, variables=variables)
         if not text:
             raise TemplateError(
                 "the chat template rendered these messages to an empty text",
                 hint="use the template of the published checkpoint",
             )
-        return Prompt(text=text, token_ids=tuple(self._tokenizer.encode(text)))
+        opens_thinking = text.rstrip().endswith(THINK)
+        if thinking is not None and thinking != opens_thinking:
+            raise _cannot_think() if thinking else _always_thinks()
+        return Prompt(text=text, token_ids=tuple(self._tokenizer.encode(text)), thinking=opens_thinking)
 
     def from_prompt(self, prompt: str | Sequence[int] | Prompt) -> Prompt:
-        """Take text or token ids as they are; nothing is added.
+        """Take text or token ids as they are; nothing is added, and nothing in the reply is taken for reasoning.
 
         Raises:
             InvalidRequestError: neither text nor ids, empty, or an id outside the vocabulary.
@@ -89,6 +103,20 @@ def no_tokenizer(what: str) -> TokenizerError:
     )
 
 
+def _cannot_think() -> UnsupportedError:
+    return UnsupportedError(
+        "thinking=True, but this checkpoint does not think: its chat template opens no <think>",
+        hint="leave thinking= out, or load a Thinking checkpoint, such as ERNIE-4.5-21B-A3B-Thinking",
+    )
+
+
+def _always_thinks() -> UnsupportedError:
+    return UnsupportedError(
+        "thinking=False, but this checkpoint always thinks: its chat template opens <think> whatever it is told",
+        hint="thinking_budget=0 ends the reasoning at once; a checkpoint without Thinking in its name answers directly",
+    )
+
+
 def _checked(messages: Conversation) -> list[Message]:
     if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence):
         raise InvalidRequestError(
@@ -109,13 +137,37 @@ def _checked_message(index: int, message: object) -> Message:
         raise InvalidRequestError(
             f"message {index} has the unknown role {message['role']!r}", hint=f"roles are {', '.join(ROLES)}"
         )
-    unknown = sorted(str(key) for key in message if key not in ("role", "content"))
+    unknown = sorted(str(key) for key in message if key not in ("role", "content", "thoughts"))
     if unknown:
         raise InvalidRequestError(
             f"message {index} has {', '.join(map(repr, unknown))}, which this version cannot send to a model",
-            hint='a message has "role" and "content"',
+            hint='a message has "role" and "content", an assistant\'s may have "thoughts"',
         )
-    return {"role": message["role"], "content": _text_of(index, message["content"])}
+    checked: Message = {"role": message["role"], "content": _text_of(index, message["content"])}
+    thoughts = message.get("thoughts")
+    if thoughts is not None:
+        if message["role"] != "assistant" or not isinstance(thoughts, str):
+            raise InvalidRequestError(
+                f"message {index}, of role {message['role']!r}, has the thoughts {thoughts!r}",
+                hint="thoughts are text, the reasoning of an assistant's message; leave them out elsewhere",
+            )
+        checked["thoughts"] = thoughts
+    return checked
+
+
+def _taken_apart(message: Message) -> Message:
+    """An assistant's raw reply, tags and all, as thoughts and content: the template writes the tags by itself."""
+    content = message["content"]
+    if message["role"] != "assistant" or "thoughts" in message or not isinstance(content, str):
+        return message
+    start = content.lstrip("\n")
+    if THINK_END in content or start.startswith(THINK):
+        said = split_reply(content)
+    elif start.startswith(RESPONSE):
+        said = split_reply(THINK_END + content)
+    else:
+        return message
+    return {"role": "assistant", "content": said.text, "thoughts": said.reasoning}
 
 
 def _text_of(index: int, content: object) -> str:

@@ -11,8 +11,8 @@ from typing import Generic, TypeVar, final
 from typing_extensions import Self
 
 from ernie45.runners.base import Handle, wait_until_ready
-from ernie45.tokenizer import TextAssembler
-from ernie45.types.results import Completion, CompletionChunk, FinishReason, TokenEvent, TokenLogprob, Usage
+from ernie45.tokenizer import TextAssembler, TextDelta
+from ernie45.types.results import ChatChunk, ChatCompletion, FinishReason, TokenEvent, TokenLogprob, Usage
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -21,8 +21,9 @@ T_co = TypeVar("T_co", covariant=True)
 class Reply:
     """One reply under way: takes token events as they come, gives chunks, and in the end the completion.
 
-    `assembler` is None for a checkpoint without a tokenizer: every text is then "". A stop text ends the reply here,
-    since the engine knows ids only.
+    Both have the fields of a chat's; those of a plain completion are the same without reasoning. `assembler` is None
+    for a checkpoint without a tokenizer: every text is then "". A stop text ends the reply here, since the engine
+    knows ids only.
     """
 
     def __init__(
@@ -33,14 +34,14 @@ class Reply:
         self._prompt_tokens = prompt_tokens
         self._assembler = assembler
         self._with_logprobs = with_logprobs
-        self._texts: list[str] = []
+        self._deltas: list[TextDelta] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._finish_reason: FinishReason = "cancelled"
         self._first_seconds: float | None = None
         self._seconds = 0.0
 
-    def poll(self) -> CompletionChunk | None:
+    def poll(self) -> ChatChunk | None:
         """The next chunk, or None if there is none yet. Not to be called once `finished`."""
         event = self.handle.poll()
         return None if event is None else self._take(event)
@@ -48,42 +49,45 @@ class Reply:
     def cancel(self) -> None:
         self.handle.cancel()
 
-    def completion(self) -> Completion:
+    def completion(self) -> ChatCompletion:
         """Everything so far as one result."""
-        return Completion(
-            text="".join(self._texts),
+        thinking = self._assembler is not None and self._assembler.thinking
+        return ChatCompletion(
+            text="".join(delta.text for delta in self._deltas),
+            reasoning="".join(delta.reasoning for delta in self._deltas) if thinking else None,
             token_ids=tuple(self._token_ids),
             finish_reason=self._finish_reason,
             usage=self._usage(),
             logprobs=tuple(self._logprobs) if self._with_logprobs else None,
         )
 
-    def _take(self, event: TokenEvent) -> CompletionChunk:
+    def _take(self, event: TokenEvent) -> ChatChunk:
         reason = event.finish_reason
         new_ids = () if event.token_id is None else (event.token_id,)
         new_logprobs = () if event.logprob is None else (event.logprob,)
-        text = ""
+        deltas: list[TextDelta] = []
         if self._assembler is not None:
             # The token that ends a reply is no text of it.
             if event.token_id is not None and reason != "stop":
-                text = self._assembler.push(event.token_id)
+                deltas.append(self._assembler.push(event.token_id))
             if self._assembler.stopped:
                 reason = "stop"
                 self.cancel()
             elif reason is not None:
-                text += self._assembler.finish()
+                deltas.append(self._assembler.finish())
                 reason = "stop" if self._assembler.stopped else reason
         self._seconds = event.seconds
         if new_ids and self._first_seconds is None:
             self._first_seconds = event.seconds
-        self._texts.append(text)
+        self._deltas += deltas
         self._token_ids += new_ids
         self._logprobs += new_logprobs
         if reason is not None:
             self.finished = True
             self._finish_reason = reason
-        return CompletionChunk(
-            text=text,
+        return ChatChunk(
+            text="".join(delta.text for delta in deltas),
+            reasoning="".join(delta.reasoning for delta in deltas),
             token_ids=new_ids,
             logprobs=new_logprobs,
             finish_reason=reason,
@@ -108,7 +112,7 @@ class Reply:
 class ReplyStream(Generic[T_co]):
     """An iterator over a reply's chunks. Leaving it early (`break`, `close()`, `with`, or letting go of it) cancels."""
 
-    def __init__(self, reply: Reply, convert: Callable[[CompletionChunk], T_co], *, owner: object = None) -> None:
+    def __init__(self, reply: Reply, convert: Callable[[ChatChunk], T_co], *, owner: object = None) -> None:
         self._reply = reply
         self._convert = convert
         self._owner = owner  # a model that nobody else holds lives as long as its streams
@@ -143,7 +147,7 @@ class ReplyStream(Generic[T_co]):
 class AsyncReplyStream(Generic[T_co]):
     """The async twin of ReplyStream: cancelling the task that reads it cancels the reply."""
 
-    def __init__(self, reply: Reply, convert: Callable[[CompletionChunk], T_co], *, owner: object = None) -> None:
+    def __init__(self, reply: Reply, convert: Callable[[ChatChunk], T_co], *, owner: object = None) -> None:
         self._reply = reply
         self._convert = convert
         self._owner = owner  # a model that nobody else holds lives as long as its streams
@@ -185,7 +189,7 @@ class AsyncReplyStream(Generic[T_co]):
             self._reply.cancel()
 
 
-def collect(replies: Sequence[Reply]) -> list[Completion]:
+def collect(replies: Sequence[Reply]) -> list[ChatCompletion]:
     """Wait for all replies, reading each as it goes; an error or interrupt cancels the rest."""
     ready: queue.SimpleQueue[Reply] = queue.SimpleQueue()
     remaining = 0
@@ -208,7 +212,7 @@ def collect(replies: Sequence[Reply]) -> list[Completion]:
     return [reply.completion() for reply in replies]
 
 
-async def collect_async(replies: Sequence[Reply]) -> list[Completion]:
+async def collect_async(replies: Sequence[Reply]) -> list[ChatCompletion]:
     """The async twin of `collect`: cancelling the task cancels every reply."""
     try:
         await asyncio.gather(*(_drain(reply) for reply in replies))
@@ -224,7 +228,7 @@ async def _drain(reply: Reply) -> None:
         pass
 
 
-def _available(reply: Reply) -> Iterator[CompletionChunk]:
+def _available(reply: Reply) -> Iterator[ChatChunk]:
     while not reply.finished and (chunk := reply.poll()) is not None:
         yield chunk
 

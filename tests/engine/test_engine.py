@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 import time
@@ -15,7 +16,7 @@ from ernie45.engine.engine import PREFILL_CHUNK_TOKENS, Engine
 from ernie45.engine.stream import TokenStream
 from ernie45.errors import CorruptFileError, ModelClosedError, UnsupportedError
 from ernie45.spec import ModelSpec, parse_spec
-from ernie45.types.requests import Sampling, TokenRequest
+from ernie45.types.requests import Sampling, ThinkingLimit, TokenRequest
 from ernie45.types.results import TokenEvent
 
 VOCAB_SIZE = 50
@@ -253,3 +254,80 @@ def test_a_seed_gives_the_same_tokens_whatever_else_is_running(engine: Engine) -
     together = [drain(stream)[0] for stream in [engine.submit(flat(seed)) for seed in range(4)]]
     assert together == alone
     assert len({tuple(ids) for ids in alone}) == 4
+
+
+# A limit on reasoning. Every token's successor comes next, so what was forced shows.
+
+END_ID = 30
+
+
+def thinking(*token_ids: int, limit: int, max_new_tokens: int = 10, **options: object) -> TokenRequest:
+    closing = ThinkingLimit(max_tokens=limit, end_token_id=END_ID, closing_ids=(10, END_ID, 11))
+    return dataclasses.replace(request(*token_ids, max_new_tokens=max_new_tokens, **options), thinking_limit=closing)
+
+
+@pytest.mark.parametrize(
+    ("limit", "token_ids"),
+    [
+        (0, [10, END_ID, 11, 12, 13, 14, 15, 16]),
+        (1, [20, 10, END_ID, 11, 12, 13, 14, 15]),
+        (4, [20, 21, 22, 23, 10, END_ID, 11, 12]),
+        (7, [20, 21, 22, 23, 24, 25, 26, 10]),
+        (8, [20, 21, 22, 23, 24, 25, 26, 27]),
+    ],
+)
+def test_reasoning_is_closed_at_its_limit(engine: Engine, limit: int, token_ids: list[int]) -> None:
+    stream = engine.submit(thinking(19, limit=limit, max_new_tokens=8))
+    assert drain(stream) == (token_ids, "length")
+
+
+def test_forced_tokens_are_run_through_the_model(engine: Engine, backend: CountingBackend) -> None:
+    drain(engine.submit(thinking(19, limit=2, max_new_tokens=7)))
+    assert [batch.token_ids.tolist() for batch in backend.steps] == [[19], [20], [21], [10], [END_ID], [11], [12]]
+
+
+@pytest.mark.parametrize("limit", [2, 3, 9])
+def test_reasoning_that_ends_by_itself_is_left_alone(engine: Engine, limit: int) -> None:
+    # 28, 29, and then 30 ends it, be it the very token that would have been forced.
+    ids = [28, 29, END_ID, 31, 32] if limit > 2 else [28, 29, 10, END_ID, 11]
+    assert drain(engine.submit(thinking(27, limit=limit, max_new_tokens=5)))[0] == ids
+
+
+def test_a_limit_counts_the_reply_only(engine: Engine) -> None:
+    assert drain(engine.submit(thinking(END_ID, 20, 19, limit=1, max_new_tokens=3)))[0] == [20, 10, END_ID]
+
+
+def test_a_forced_token_is_no_stop_but_the_models_own_is(engine: Engine) -> None:
+    closing = ThinkingLimit(max_tokens=2, end_token_id=END_ID, closing_ids=(STOP_ID, END_ID, 5))
+    stream = engine.submit(dataclasses.replace(request(19, max_new_tokens=9), thinking_limit=closing))
+    assert drain(stream) == ([20, 21, STOP_ID, END_ID, 5, 6, STOP_ID], "stop")
+    assert drain(engine.submit(thinking(5, limit=4))) == ([6, STOP_ID], "stop")
+
+
+def test_forced_tokens_count_for_penalties_and_have_logprobs(engine: Engine) -> None:
+    stream = engine.submit(thinking(19, limit=0, max_new_tokens=5, logprobs=1, logit_bias={10: 2.0}))
+    events = [next_event(stream) for _ in range(5)]
+    assert [event.token_id for event in events] == [10, END_ID, 11, 10, 10]
+    assert [event.logprob.token_id for event in events if event.logprob] == [10, END_ID, 11, 10, 10]
+    assert [event.logprob.top[0][0] for event in events if event.logprob] == [20, 11, 31, 12, 11]
+    penalised = thinking(19, limit=0, max_new_tokens=5, logit_bias={10: 2.0}, presence_penalty=2.0)
+    assert drain(engine.submit(penalised))[0] == [10, END_ID, 11, 12, 13]
+
+
+def test_a_limit_is_its_own_rows_affair(engine: Engine, backend: CountingBackend) -> None:
+    backend.may_run.clear()
+    requests = [thinking(19, limit=3), request(19, max_new_tokens=10), thinking(24, limit=1), thinking(23, limit=0)]
+    streams = [engine.submit(each) for each in requests]
+    backend.may_run.set()
+    together = [drain(stream) for stream in streams]
+    assert together == [drain(engine.submit(each)) for each in requests]
+    assert max(len(batch.rows) for batch in backend.steps) == 2
+
+
+def test_cancelling_while_tokens_are_forced_frees_the_slot(engine: Engine, backend: CountingBackend) -> None:
+    closing = ThinkingLimit(max_tokens=0, end_token_id=END_ID, closing_ids=(10,) * 1500)
+    stream = engine.submit(dataclasses.replace(request(1, max_new_tokens=2000), thinking_limit=closing))
+    next_event(stream)
+    stream.cancel()
+    assert eventually(lambda: engine.num_free_slots == 2)
+    assert len(backend.steps) < 1500

@@ -210,3 +210,11 @@ def test_a_sampler_made_in_inference_mode_works_outside_and_back() -> None:
     assert [first, second] == [0, 0]
     with torch.inference_mode():
         assert sampler(row(3.0, 1.0)).token_id == 1
+
+
+def test_a_token_that_is_taken_counts_as_drawn() -> None:
+    sampler = sampler_for(temperature=0, presence_penalty=1.5, logprobs=1)
+    drawn = sampler.take(row(3.0, 2.0), 0)
+    assert drawn.token_id == 0
+    assert drawn.logprob == sampler_for(temperature=0, logprobs=1)(row(3.0, 2.0)).logprob
+    assert draw(sampler, row(3.0, 2.0), 3) == [1, 0, 0]

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from ernie45.tokenizer.vocabulary import decode_tokens
 
 
 class FakeTokenizer:
-    """Ids are places in a list of byte strings; None is a special token."""
+    """Ids are places in a list of byte strings; None is a special token, which `names` may give a name."""
 
-    def __init__(self, tokens: Sequence[bytes | None]) -> None:
+    def __init__(self, tokens: Sequence[bytes | None], names: Mapping[str, int] | None = None) -> None:
         self._tokens = tokens
+        self._names = names or {}
         self.size = len(tokens)
         self.special_token_ids = frozenset(i for i, token in enumerate(tokens) if token is None)
 
@@ -35,13 +37,13 @@ class FakeTokenizer:
         return f"<{token_id}>"
 
     def token_id(self, content: str) -> int | None:
-        raise NotImplementedError
+        return self._names.get(content)
 
 
 def pieces(tokens: Sequence[bytes | None], stop: str | Sequence[str] = ()) -> list[str]:
     """What each token releases, and at last what finish() does."""
     assembler = TextAssembler(FakeTokenizer(tokens), stop)
-    return [*(assembler.push(i) for i in range(len(tokens))), assembler.finish()]
+    return [*(assembler.push(i).text for i in range(len(tokens))), assembler.finish().text]
 
 
 def test_emoji_waits_for_its_last_byte() -> None:
@@ -66,9 +68,9 @@ def test_stop_string_over_three_tokens() -> None:
 
 def test_stopped_tells_when() -> None:
     assembler = TextAssembler(FakeTokenizer([b"a\nU", b"ser", b": x"]), ["\nUser:"])
-    seen = [(assembler.push(i), assembler.stopped) for i in range(3)]
+    seen = [(assembler.push(i).text, assembler.stopped) for i in range(3)]
     assert seen == [("a", False), ("", False), ("", True)]
-    assert assembler.finish() == ""
+    assert assembler.push(2) == assembler.finish() == ("", "")
 
 
 def test_held_text_that_was_no_stop_string_is_released() -> None:
@@ -86,7 +88,8 @@ def test_stop_string_that_is_complete_first_wins_and_then_the_longest() -> None:
 
 def test_stop_string_of_a_replacement_character() -> None:
     assembler = TextAssembler(FakeTokenizer([b"a", b"\xf0"]), "\ufffd")
-    assert [assembler.push(0), assembler.push(1), assembler.finish()] == ["a", "", ""]
+    deltas = [assembler.push(0), assembler.push(1), assembler.finish()]
+    assert [delta.text for delta in deltas] == ["a", "", ""]
     assert assembler.stopped
 
 
@@ -141,4 +144,51 @@ def test_same_text_as_the_published_tokenizer_decodes(published_folder: Path) ->
         ids = rng.choices(range(103_424), k=20) + rng.choices(range(13, 269), k=20)
         rng.shuffle(ids)
         assembler = TextAssembler(tokenizer)
-        assert "".join([*map(assembler.push, ids), assembler.finish()]) == tokenizer.decode(ids)
+        deltas = [*map(assembler.push, ids), assembler.finish()]
+        assert "".join(delta.text for delta in deltas) == tokenizer.decode(ids)
+        assert {delta.reasoning for delta in deltas} == {""}
+
+
+# A thinking model's replies
+
+REPLY = "<think>\nwhy 你?\n</think>\n\n<response>\nso 好\n</response>\n"
+TAGS = ["<think>", "</think>", "<response>", "</response>"]
+
+
+def tokenized(reply: str, *, tags_are: str) -> FakeTokenizer:
+    """A token for each byte, and for each tag: one that is "special", one that is "added", or none ("spelt")."""
+    tokens: list[bytes | None] = []
+    names: dict[str, int] = {}
+    for part in re.split(f"({'|'.join(TAGS)})", reply):
+        if part in TAGS and tags_are != "spelt":
+            names[part] = len(tokens)
+            tokens.append(None if tags_are == "special" else part.encode())
+        else:
+            tokens += [bytes([byte]) for byte in part.encode()]
+    return FakeTokenizer(tokens, names)
+
+
+def said(tokenizer: FakeTokenizer, stop: Sequence[str] = (), thinking: bool = True) -> tuple[str, str, bool]:
+    assembler = TextAssembler(tokenizer, stop, thinking=thinking)
+    assert assembler.thinking == thinking
+    deltas = [*(assembler.push(i) for i in range(tokenizer.size)), assembler.finish()]
+    return "".join(d.text for d in deltas), "".join(d.reasoning for d in deltas), assembler.stopped
+
+
+@pytest.mark.parametrize("tags_are", ["special", "added", "spelt"])
+def test_reasoning_is_found_however_its_tags_are_registered(tags_are: str) -> None:
+    assert said(tokenized(REPLY, tags_are=tags_are)) == ("so 好", "why 你?", False)
+    plain = said(tokenized(REPLY, tags_are=tags_are), thinking=False)
+    assert plain == (re.sub("|".join(TAGS), "", REPLY) if tags_are == "special" else REPLY, "", False)
+
+
+@pytest.mark.parametrize("tags_are", ["special", "added", "spelt"])
+def test_stop_strings_count_in_the_answer_only(tags_are: str) -> None:
+    reply = "\nwait. 4.\n</think>\n\n<response>\nIt is 4. Or not.\n</response>"
+    assert said(tokenized(reply, tags_are=tags_are), ["4."]) == ("It is ", "wait. 4.", True)
+    assert said(tokenized(reply, tags_are=tags_are), ["wait", "\n", "think"]) == ("It is 4. Or not.", "wait. 4.", False)
+
+
+def test_half_a_character_before_a_tag_is_a_replacement_character() -> None:
+    tokens = FakeTokenizer([b"a", b"\xe4\xbd", None, b"b", b"\xe4"], {"</think>": 2})
+    assert said(tokens) == ("b\ufffd", "a\ufffd", False)

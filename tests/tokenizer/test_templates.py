@@ -44,6 +44,20 @@ THINKING_CONVERSATIONS: list[list[Message]] = [
         message("tool", '{"t": "晴"}'),
         message("tool", "two"),
     ],
+    [
+        message("user", "q"),
+        message("assistant", "old", thoughts="dropped"),
+        message("user", "again"),
+        message("assistant", "", thoughts="\nkept\n", tool_calls=[CALL]),
+        message("tool", "20"),
+        message("assistant", "new", thoughts="kept as well"),
+    ],
+    [
+        message("user", "q"),
+        message("assistant", "call", thoughts="kept"),
+        message("user", "<tool_output>\n20\n</tool_output>"),
+    ],
+    [message("user", "q"), message("assistant", "a", thoughts=""), message("assistant", "</think>", thoughts="b")],
 ]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from ernie45.errors import InvalidRequestError
-from ernie45.types.requests import MAX_LOGPROBS, Sampling, TokenRequest
+from ernie45.types.requests import MAX_LOGPROBS, Sampling, ThinkingLimit, TokenRequest
 
 BAD = [
     ("temperature", -0.1, "-0.1"),
@@ -109,3 +109,11 @@ def test_greedy_is_temperature_zero() -> None:
 
 def test_a_request_is_greedy_unless_told_otherwise() -> None:
     assert TokenRequest(token_ids=(1, 2)).sampling.greedy
+
+
+@pytest.mark.parametrize("budget", [-1, 2.5, True, "10"])
+def test_a_thinking_budget_is_a_number_of_tokens(budget: Any) -> None:
+    assert ThinkingLimit(max_tokens=0, end_token_id=5, closing_ids=(5,)).max_tokens == 0
+    with pytest.raises(InvalidRequestError, match="thinking_budget must be") as caught:
+        ThinkingLimit(max_tokens=budget, end_token_id=5, closing_ids=(5,))
+    assert caught.value.hint

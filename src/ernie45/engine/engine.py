@@ -184,7 +184,7 @@ class Engine:
         if sequence.is_scoring:
             sequence.score(logits)
         elif not sequence.in_prefill:
-            sequence.accept(sequence.sampler(logits[0]))
+            sequence.advance(logits[0])
 
     def _decode(self) -> None:
         """One token for every running row whose reader keeps up."""
@@ -195,7 +195,7 @@ class Engine:
 
     def _decode_rows(self, rows: list[Sequence]) -> None:
         logits = self._forward([(sequence, 1) for sequence in rows], list(range(len(rows))))
-        if all(sequence.sampler.is_plain_greedy for sequence in rows):
+        if all(sequence.is_plain_greedy for sequence in rows):
             # One pass over all rows: half the time of one after the other.
             for sequence, best in zip(rows, greedy_tokens(logits, self._num_token_ids), strict=True):
                 with self._guard([sequence]):
@@ -204,7 +204,7 @@ class Engine:
             return
         for sequence, row in zip(rows, logits, strict=True):
             with self._guard([sequence]):
-                sequence.accept(sequence.sampler(row))
+                sequence.advance(row)
 
     def _forward(self, parts: list[tuple[Sequence, int]], wanted: list[int]) -> Tensor:
         """Run each sequence's next `count` tokens in one batch -> logits [len(wanted), V]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 
 from torch import Tensor
 
@@ -27,6 +28,9 @@ class Sequence:
         self.num_cached = 0
         self.slot: int | None = None
         self.finish_reason: FinishReason | None = None
+        self._thinking_limit = request.thinking_limit
+        self._forced_ids: deque[int] = deque()
+        self._limit_thinking()
         self._submitted = time.perf_counter()
 
     @property
@@ -41,14 +45,38 @@ class Sequence:
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
-    def accept(self, drawn: Drawn) -> None:
-        """Take the drawn token, tell the reader, and note whether it was the last."""
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether the next token is just that of the highest logit, which `accept` may be given then."""
+        return self.sampler.is_plain_greedy and not self._forced_ids
+
+    def advance(self, logits: Tensor) -> None:
+        """Draw the next token from raw `logits` [V], or take the one that has to come."""
+        if self._forced_ids:
+            self.accept(self.sampler.take(logits, self._forced_ids.popleft()), forced=True)
+        else:
+            self.accept(self.sampler(logits))
+
+    def accept(self, drawn: Drawn, *, forced: bool = False) -> None:
+        """Take the next token, tell the reader, and note whether it was the last."""
         self.token_ids.append(drawn.token_id)
-        if drawn.token_id in self.request.stop_token_ids:
+        self._limit_thinking()
+        if drawn.token_id in self.request.stop_token_ids and not forced:
             self.finish_reason = "stop"
         elif self.num_generated >= self.request.max_new_tokens:
             self.finish_reason = "length"
         self._put(token_id=drawn.token_id, logits=None, drawn=drawn)
+
+    def _limit_thinking(self) -> None:
+        """Have the reasoning end next where it is as long as it may be; no longer watch it once it has ended."""
+        limit = self._thinking_limit
+        if limit is None:
+            return
+        if self.num_generated and self.token_ids[-1] == limit.end_token_id:
+            self._thinking_limit = None
+        elif self.num_generated >= limit.max_tokens:
+            self._thinking_limit = None
+            self._forced_ids.extend(limit.closing_ids)
 
     def score(self, logits: Tensor) -> None:
         """Hand logits [n, V] of the next wanted positions to the reader; the prompt's last chunk ends the request."""

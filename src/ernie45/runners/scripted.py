@@ -8,12 +8,15 @@ from collections.abc import Callable, Sequence
 
 from ernie45.errors import InvalidRequestError, ModelClosedError, UnsupportedError
 from ernie45.runners.base import Handle
-from ernie45.types.requests import TokenRequest
+from ernie45.types.requests import ThinkingLimit, TokenRequest
 from ernie45.types.results import FinishReason, TokenEvent
 
 
 class ScriptedRunner:
-    """Answers the n-th request with the n-th reply (token ids), cut at `max_new_tokens`; `requests` has them all."""
+    """Answers the n-th request with the n-th reply (token ids), cut at `max_new_tokens`; `requests` has them all.
+
+    Of a reply whose reasoning is longer than `thinking_limit` allows, the rest of the reasoning is left out.
+    """
 
     def __init__(self, replies: Sequence[Sequence[int]]) -> None:
         self._replies = deque(tuple(reply) for reply in replies)
@@ -34,6 +37,8 @@ class ScriptedRunner:
                     hint="give scripted_model one more reply",
                 )
             reply = self._replies.popleft()
+        if request.thinking_limit is not None:
+            reply = _with_limited_thinking(reply, request.thinking_limit)
         return _ScriptedHandle(self, reply, request)
 
     @property
@@ -66,6 +71,13 @@ class _ScriptedHandle:
 
     def cancel(self) -> None:
         self._cancelled = True
+
+
+def _with_limited_thinking(reply: tuple[int, ...], limit: ThinkingLimit) -> tuple[int, ...]:
+    end = reply.index(limit.end_token_id) if limit.end_token_id in reply else len(reply)
+    if end <= limit.max_tokens:
+        return reply
+    return (*reply[: limit.max_tokens], *limit.closing_ids, *reply[end + 1 :])
 
 
 def _closed_error() -> ModelClosedError:

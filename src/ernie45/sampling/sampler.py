@@ -72,7 +72,10 @@ class Sampler:
         adjusted = logits[: self._num_token_ids]
         for adjust in self._adjustments:
             adjusted = adjust(adjusted)
-        token_id = self._choose(adjusted)
+        return self.take(logits, self._choose(adjusted))
+
+    def take(self, logits: Tensor, token_id: int) -> Drawn:
+        """Take `token_id` for the next token, as if it had been drawn from raw `logits` [V]."""
         if self._seen is not None:
             self._seen.add_to_reply(token_id)
         if self._num_logprobs is None:

@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Sequence
 
 from ernie45.errors import InvalidRequestError
+from ernie45.tokenizer.reply_parser import MARKERS, ReplyParser, TextDelta
 from ernie45.tokenizer.vocabulary import Tokenizer
 
 
@@ -13,42 +14,60 @@ class TextAssembler:
     """Turns the token ids of one reply into text to show at once, in constant time per character.
 
     Held back are the first bytes of an unfinished UTF-8 character and text that may be the beginning of a
-    stop string. The pieces from `push` and `finish` join to `tokenizer.decode(ids)`, cut before the stop
+    stop string. The texts from `push` and `finish` join to `tokenizer.decode(ids)`, cut before the stop
     string that is complete first (the longest, where several end at the same character), however the text
     falls into tokens.
+
+    With `thinking` the reply begins inside `<think>` and is taken apart as `ReplyParser` says, whether its tags are
+    special tokens, ordinary ones or spelt out. Stop strings then count in the answer only.
 
     Raises:
         InvalidRequestError: a stop string is empty or not text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = (), *, thinking: bool = False) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        stops = (stop,) if isinstance(stop, str) else stop
-        self._stops = [_StopString(text) for text in stops]
-        self._held = ""
-        self._stopped = False
+        self._stops = _StopTexts((stop,) if isinstance(stop, str) else stop)
+        self._parser = ReplyParser() if thinking else None
+        markers = {tokenizer.token_id(marker): marker.encode() for marker in MARKERS} if thinking else {}
+        self._markers = {token_id: marker for token_id, marker in markers.items() if token_id is not None}
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the reply has reasoning, be it empty."""
+        return self._parser is not None
 
     @property
     def stopped(self) -> bool:
         """A stop string was found; the text ends before it and further tokens add nothing."""
-        return self._stopped
+        return self._stops.found
 
-    def push(self, token_id: int) -> str:
-        """Take the next token and return the text it makes safe to show, often its own, sometimes ""."""
-        if self._stopped:
-            return ""
-        return self._release(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
+    def push(self, token_id: int) -> TextDelta:
+        """Take the next token and return what it makes safe to show, often its own text, sometimes nothing."""
+        token = self._markers.get(token_id) or self._tokenizer.token_bytes(token_id)
+        return self._add(self._utf8.decode(token), final=False)
 
-    def finish(self) -> str:
+    def finish(self) -> TextDelta:
         """Return what is still held back after the last token; an unfinished character becomes U+FFFD."""
-        if self._stopped:
-            return ""
-        text = self._release(self._utf8.decode(b"", final=True))
-        rest, self._held = self._held, ""
-        return text + rest
+        return self._add(self._utf8.decode(b"", final=True), final=True)
 
-    def _release(self, text: str) -> str:
+    def _add(self, text: str, *, final: bool) -> TextDelta:
+        if self.stopped:
+            return TextDelta("")
+        said = TextDelta(text) if self._parser is None else self._parser.push(text, final=final)
+        return said._replace(text=self._stops.push(said.text, final=final))
+
+
+class _StopTexts:
+    """Lets text through up to the first stop string; holds back what may be the beginning of one."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._stops = [_StopString(text) for text in texts]
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str, *, final: bool) -> str:
         if not self._stops:
             return text
         seen = self._held + text
@@ -56,9 +75,9 @@ class TextAssembler:
             # Every stop string has to see the character, so no short-circuit here.
             complete = [len(stop) for stop in self._stops if stop.advance(character)]
             if complete:
-                self._stopped, self._held = True, ""
+                self.found, self._held = True, ""
                 return seen[: end - max(complete)]
-        safe = len(seen) - max(stop.matched for stop in self._stops)
+        safe = len(seen) if final else len(seen) - max(stop.matched for stop in self._stops)
         self._held = seen[safe:]
         return seen[:safe]
 

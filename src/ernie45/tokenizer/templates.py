@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ernie45.errors import TemplateError, TokenizerError
+from ernie45.tokenizer.reply_parser import THINK
 from ernie45.tokenizer.template_limits import Budget, size_of
 from ernie45.tokenizer.token_files import read_token_files
 from ernie45.types.messages import Message
@@ -59,6 +60,11 @@ class ChatTemplate:
         self._compiled: tuple[ChatEnvironment, jinja2.Template] | None = None
         # One rendering at a time, since the environment holds the budget; it takes well under a millisecond.
         self._lock = threading.Lock()
+
+    @property
+    def knows_reasoning(self) -> bool:
+        """Whether this is the template of a model that can think."""
+        return THINK in self.source
 
     def render(
         self,

@@ -10,10 +10,11 @@ from typing_extensions import Required
 
 class Message(TypedDict, total=False):
     """One turn of a chat: `role` is "system", "user" or "assistant"; `content` is text, or a list of parts
-    such as `{"type": "text", "text": "…"}`."""
+    such as `{"type": "text", "text": "…"}`. `thoughts` is the reasoning that led to an assistant's turn."""
 
     role: Required[str]
     content: Required[str | Sequence[dict[str, Any]]]
+    thoughts: str | None
 
 
 # Plain dictionaries are as welcome as typed messages.

@@ -26,8 +26,8 @@ class SamplingOptions(TypedDict, total=False):
         frequency_penalty: -2 to 2, subtracted from a token once for each time it is in the reply.
         logit_bias: token id -> value added to its logit, -100 to 100.
         seed: the same seed gives the same text, whatever else is running; unset draws one.
-        max_new_tokens: longest reply in tokens; 512 when unset, capped by the context.
-        stop: text (or texts) that end the reply; not part of it.
+        max_new_tokens: longest reply in tokens, reasoning included; 512 when unset, capped by the context.
+        stop: text (or texts) that end the reply; not part of it. Reasoning is not searched for it.
         stop_token_ids: further token ids that end the reply.
         logprobs: report each token's log-probability, and those of this many most likely tokens (0 to 20).
         ignore_eos: go on after end-of-reply tokens until `max_new_tokens`.
@@ -94,17 +94,32 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ThinkingLimit:
+    """At most `max_tokens` tokens of reasoning. A reply that has so many without the token `end_token_id`, which ends
+    reasoning, goes on with `closing_ids`; from there on the model is free again."""
+
+    max_tokens: int
+    end_token_id: int
+    closing_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _check_int("thinking_budget", self.max_tokens, 0, None, "it counts tokens of reasoning; 0 goes without")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TokenRequest:
     """One request to a runner: token ids in, token events out.
 
-    `max_new_tokens` is the reply's limit in tokens, `stop_token_ids` end it. With `logit_positions` (ascending) the
-    request scores its prompt instead: its events carry those positions' logits and nothing is generated.
+    `max_new_tokens` is the reply's limit in tokens, `stop_token_ids` end it. With `thinking_limit` the reply begins
+    with reasoning, whose length that limits. With `logit_positions` (ascending) the request scores its prompt instead:
+    its events carry those positions' logits and nothing is generated.
     """
 
     token_ids: tuple[int, ...]
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.0))
     max_new_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
+    thinking_limit: ThinkingLimit | None = None
     logit_positions: tuple[int, ...] | None = None
 
 

@@ -104,7 +104,8 @@ class ChatChunk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatCompletion:
-    """A whole chat reply: `text` is the answer, `reasoning` what led to it, `message` what to append to the history."""
+    """A whole chat reply: `text` is the answer, `reasoning` what led to it (None where the model was not asked to
+    think), `message` what to append to the history."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -116,7 +117,10 @@ class ChatCompletion:
 
     @property
     def message(self) -> Message:
-        return {"role": "assistant", "content": self.text}
+        message: Message = {"role": "assistant", "content": self.text}
+        if self.reasoning is not None:
+            message["thoughts"] = self.reasoning
+        return message
 
     def __str__(self) -> str:
         return self.text

@@ -3,6 +3,7 @@ from __future__ import annotations
 import builtins
 import io
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from ernie45 import ErnieModel, list_models
 from ernie45.cli import describe_usage, main
+from ernie45.testing import scripted_model
 from ernie45.types.results import Usage
 
 SAMPLING = ["--temperature", "1.5", "--top-p", "1.0", "--seed", "3", "--max-new-tokens", "12"]
@@ -137,6 +139,24 @@ def test_chat_with_one_message(
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
     assert chats == [(messages, OPTIONS)]
     assert capsys.readouterr().out == small_model.chat(messages, **OPTIONS).text + "\n"
+
+
+def test_reasoning_goes_to_standard_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reply = "12 + 30 = 42\n</think>\n\n<response>\n42\n</response>\n"
+    monkeypatch.setattr("ernie45.cli._load", lambda options: scripted_model([reply], thinking=True))
+    assert main(["chat", "What is 12 + 30?"]) == 0
+    assert tuple(capsys.readouterr()) == ("42\n", "12 + 30 = 42\n\n")
+
+
+def test_a_reader_who_leaves_ends_the_command_quietly() -> None:
+    command = [sys.executable, "-m", "ernie45.cli", "models"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (141, b"")
 
 
 @pytest.mark.parametrize("end", ["", "   ", EOFError()])

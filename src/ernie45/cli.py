@@ -1,13 +1,14 @@
 """The `ernie45` command: `generate` completes a text, `chat` talks, `models` lists what is known by name.
 
-Replies are streamed to standard output.
+Replies are streamed to standard output, reasoning to standard error.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ernie45.errors import ErnieError
@@ -23,10 +24,12 @@ DEFAULT_MODEL = "ernie45/tiny-dense"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for an error of ours, 130 when interrupted."""
+    """Run the command line; returns the exit status: 0, 2 for an error of ours, 130 when interrupted, 141 when nobody
+    reads the output any more."""
     options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)
+        sys.stdout.flush()
         return status
     except ErnieError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -34,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # What is still in the buffer would fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,8 +100,21 @@ def _answer(model: ErnieModel, history: list[Message], message: str, options: ar
     """Stream one answer and add the turn to `history`."""
     turn: Message = {"role": "user", "content": message}
     with model.stream_chat([*history, turn], **_sampling(options)) as chunks:
-        text = _show(chunks, options.usage)
+        text = _show(_show_reasoning(chunks), options.usage)
     history += [turn, {"role": "assistant", "content": text}]
+
+
+def _show_reasoning(chunks: Iterable[ChatChunk]) -> Iterator[ChatChunk]:
+    """Print what a model thinks to standard error, and pass the chunks on."""
+    is_thinking = False
+    for chunk in chunks:
+        if chunk.reasoning:
+            is_thinking = True
+            print(chunk.reasoning, end="", file=sys.stderr, flush=True)
+        elif is_thinking and (chunk.text or chunk.finish_reason is not None):
+            is_thinking = False
+            print("\n", file=sys.stderr)
+        yield chunk
 
 
 def _ask() -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from tiny_tokenizer import TinyTokenizer
+from tiny_prompts import Prompts, ThinkingPrompts
+from tiny_tokenizer import EOS, TinyTokenizer
 
 from ernie45.testing.task_facts import CAPITALS, OPPOSITES, SYMBOLS
 from ernie45.testing.task_items import NOTED, NOTED_ZH
@@ -18,6 +19,7 @@ COPY_GROWTH_SHARE: Final = 0.3
 ACKNOWLEDGE_SHARE: Final = 0.1
 EARLIER_TURN_SHARE: Final = 0.08
 SYSTEM_SHARE: Final = 0.04
+NATIVE_TOOLS_SHARE: Final = 0.5
 NUM_COMPLETIONS: Final = 3
 COMPLETION: Final = "completion"
 SYSTEM_TEXTS: Final = (
@@ -43,30 +45,42 @@ PRIORS: Final[Mapping[str, float]] = {
     "recall": 0.6,
     "tools": 0.6,
     "numerals": 0.8,
+    "sums": 1.2,
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """One training example: its task and the ids of prompt and answer in one row."""
+    """One training example: its task, the ids of prompt and answer in one row, and how the row begins.
+
+    `num_shared` ids at the front are the prompt form's shared prefix (0 where the row begins otherwise).
+    """
 
     task_name: str
     ids: list[int]
     num_prompt: int
+    num_shared: int = 0
 
 
-def task_weights(accuracy: Mapping[str, float]) -> dict[str, float]:
+def task_weights(names: Sequence[str], accuracy: Mapping[str, float]) -> dict[str, float]:
     """The mix: weak tasks come more often, mastered ones keep a little."""
-    return {name: prior * (0.12 + 1 - accuracy[name]) for name, prior in PRIORS.items()}
+    return {name: PRIORS[name] * (0.12 + 1 - accuracy[name]) for name in names}
 
 
-def encode_task(tokenizer: TinyTokenizer, name: str, task: Task) -> Example:
-    """A task as one row of ids."""
-    prompt, answer = tokenizer.encode_task(task)
-    return Example(task_name=name, ids=prompt + answer, num_prompt=len(prompt))
+def encode_task(prompts: Prompts, name: str, task: Task, *, native_tools: bool = False) -> Example:
+    """A task as one row of ids; `native_tools` puts tools where the thinking template puts them."""
+    if native_tools and isinstance(prompts, ThinkingPrompts):
+        prompt, answer = prompts.encode_native_tools(task)
+    else:
+        prompt, answer = prompts.encode_task(task)
+    shared = prompts.shared_prefix
+    num_shared = len(shared) if prompt[: len(shared)] == shared else 0
+    return Example(task_name=name, ids=prompt + answer, num_prompt=len(prompt), num_shared=num_shared)
 
 
-def draw_examples(tokenizer: TinyTokenizer, weights: Mapping[str, float], seed: int, progress: float) -> list[Example]:
+def draw_examples(
+    prompts: Prompts, tokenizer: TinyTokenizer, weights: Mapping[str, float], seed: int, progress: float
+) -> list[Example]:
     """One step's training examples; `progress` from 0 to 1 through the run lengthens the copied sentences."""
     rng = random.Random(seed)
     names = rng.choices(list(weights), list(weights.values()), k=EXAMPLES_PER_STEP - NUM_COMPLETIONS)
@@ -82,8 +96,11 @@ def draw_examples(tokenizer: TinyTokenizer, weights: Mapping[str, float], seed: 
     rng.shuffle(drawn)
     examples = []
     for place, (name, task) in enumerate(drawn):
-        task = _vary(rng, task, earlier=drawn[place - 1][1])
-        examples.append(encode_task(tokenizer, name, task))
+        can_be_native = name == "tools" and isinstance(prompts, ThinkingPrompts)
+        native_tools = can_be_native and rng.random() < NATIVE_TOOLS_SHARE
+        if not native_tools:
+            task = _vary(rng, task, earlier=drawn[place - 1][1])
+        examples.append(encode_task(prompts, name, task, native_tools=native_tools))
     return examples + _draw_completions(tokenizer, rng, seed)
 
 
@@ -118,6 +135,6 @@ def _draw_completions(tokenizer: TinyTokenizer, rng: random.Random, seed: int) -
     examples = []
     for text, rest in texts:
         prompt = tokenizer.encode(text)
-        ids = prompt + tokenizer.encode_reply(rest)
+        ids = [*prompt, *tokenizer.encode(rest), tokenizer.ids[EOS]]
         examples.append(Example(task_name=COMPLETION, ids=ids, num_prompt=len(prompt)))
     return examples

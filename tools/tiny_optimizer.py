@@ -14,13 +14,17 @@ MOMENTUM: Final = 0.95
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """Roughly the nearest orthogonal matrix: five quintic Newton-Schulz steps (Jordan et al., Muon, 2024)."""
-    wide = matrix.bfloat16() if matrix.shape[0] <= matrix.shape[1] else matrix.bfloat16().T
-    wide = wide / (wide.norm() + 1e-7)
+    """Roughly the nearest orthogonal matrix, or stack of them [N, out, in].
+
+    Five quintic Newton-Schulz steps (Jordan et al., Muon, 2024).
+    """
+    is_wide = matrix.shape[-2] <= matrix.shape[-1]
+    wide = matrix.bfloat16() if is_wide else matrix.bfloat16().mT
+    wide = wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
-        gram = wide @ wide.T
+        gram = wide @ wide.mT
         wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
-    result: Tensor = wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+    result: Tensor = wide if is_wide else wide.mT
     return result.float()
 
 
@@ -29,7 +33,10 @@ class TinyOptimizer:
 
     def __init__(self, model: nn.Module) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
+        # Embeddings and routers hold one row per token or expert, and stay with AdamW.
+        self.matrices = [
+            p for name, p in named if p.ndim >= 2 and "embed" not in name and not name.endswith("mlp.gate.weight")
+        ]
         matrix_ids = {id(p) for p in self.matrices}
         self.others = [p for _, p in named if id(p) not in matrix_ids]
         self.momenta = [torch.zeros_like(p) for p in self.matrices]
@@ -45,7 +52,7 @@ class TinyOptimizer:
                 continue
             momentum.lerp_(p.grad, 1 - MOMENTUM)
             if place % dist.get_world_size() == dist.get_rank():
-                scale = max(1.0, p.shape[0] / p.shape[1]) ** 0.5
+                scale = max(1.0, p.shape[-2] / p.shape[-1]) ** 0.5
                 update.copy_(orthogonalize(p.grad.lerp(momentum, MOMENTUM)) * scale)
         sum_over_processes(updates)
         with torch.no_grad():

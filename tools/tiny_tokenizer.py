@@ -13,7 +13,7 @@ import sentencepiece
 
 from ernie45.testing import task_facts, task_words
 from ernie45.testing.task_items import CHINESE_DIGITS
-from ernie45.testing.tasks import Task, task_names, tasks
+from ernie45.testing.tasks import task_names, tasks
 
 BEGIN: Final = "<|begin_of_sentence|>"
 END: Final = "<|end_of_sentence|>"
@@ -55,13 +55,13 @@ FAMILY_TEXTS: Final = (
 )
 
 
-def corpus_lines(model_name: str) -> Iterator[str]:
+def corpus_lines() -> Iterator[str]:
     """Training text, cut so that the pieces stay easy to copy.
 
     A cut before each capital keeps the space out of names, so that a name is the same pieces after a space
     and after a quote. Chinese numerals and words in capitals are left out, to stay single characters.
     """
-    for name in task_names(model_name):
+    for name in task_names("ernie45/tiny-dense"):
         if name in ("reverse", "numerals"):
             drawn = tasks(name, 1000, seed=CORPUS_SEED, split="train")
             left_out = f"[A-Z]{{2,}}|[{CHINESE_DIGITS}十百]+"
@@ -88,12 +88,12 @@ def _cut(text: str) -> Iterator[str]:
             yield line.rstrip(" ")
 
 
-def train_sentencepiece(model_name: str) -> bytes:
-    """A byte-fallback BPE model of `NUM_PIECES` pieces, as the bytes of tokenizer.model."""
+def train_sentencepiece() -> bytes:
+    """The family's byte-fallback BPE model of `NUM_PIECES` pieces, as the bytes of tokenizer.model."""
     characters = "".join(chr(code) for code in range(33, 127) if not chr(code).isdigit())
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=corpus_lines(model_name),
+        sentence_iterator=corpus_lines(),
         model_writer=model,
         model_type="bpe",
         vocab_size=NUM_PIECES,
@@ -152,14 +152,6 @@ class TinyTokenizer:
                 run.append(token_id)
         return text
 
-    def encode_task(self, task: Task) -> tuple[list[int], list[int]]:
-        """Ids of a task's prompt, up to and with "Assistant: ", and of its answer and </s>."""
-        return self.encode(render(task)), self.encode_reply(task.answer)
-
-    def encode_reply(self, text: str) -> list[int]:
-        """Ids of a reply, closed by </s>."""
-        return [*self.encode(text), self.ids[EOS]]
-
     def save(self, folder: Path) -> None:
         """Write tokenizer.model and the configuration files beside it."""
         (folder / "tokenizer.model").write_bytes(self.model)
@@ -194,16 +186,3 @@ class TinyTokenizer:
             ("added_tokens.json", self.added),
         ):
             (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def render(task: Task) -> str:
-    """The prompt text that the tiny chat template makes of a task's plain messages."""
-    text = BEGIN
-    for message in task.messages:
-        content = message["content"]
-        text += {
-            "system": f"{content}\n",
-            "user": f"User: {content}\n",
-            "assistant": f"Assistant: {content}{END}",
-        }[message["role"]]
-    return text + "Assistant: "

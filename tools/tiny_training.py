@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -13,19 +13,21 @@ import torch.distributed as dist
 from tiny_examples import (
     COMPLETION,
     EXAMPLES_PER_STEP,
-    PRIORS,
     Example,
     draw_examples,
     encode_task,
     task_weights,
 )
+from tiny_family import Member, TinyModel
 from tiny_optimizer import TinyOptimizer, sum_over_processes
+from tiny_prompts import Prompts
+from tiny_router import RouterBalance
 from tiny_tokenizer import TinyTokenizer
 from torch import Tensor
 from torch.nn import functional
-from transformers import Ernie4_5ForCausalLM
+from transformers import DynamicCache
 
-from ernie45.testing.tasks import tasks
+from ernie45.testing.tasks import task_names, tasks
 
 PADDED_TOKENS_PER_PASS: Final = 1536
 WARMUP_STEPS: Final = 50
@@ -38,11 +40,15 @@ Log = Callable[[str], None]
 class Pass:
     """Examples of like length in one padded batch: `ids` [B, T], and where answers are predicted.
 
+    All rows begin with the ids of `prefix`, which `ids` leaves out: it is computed once for the batch.
     `rows` and `columns` [N] index the hidden states that predict `targets` [N]; `weights` [N] weigh the loss.
+    `num_tokens` [B] is how many of a row's ids are no padding.
     """
 
     task_names: list[str]
+    prefix: list[int]
     ids: Tensor
+    num_tokens: Tensor
     rows: Tensor
     columns: Tensor
     targets: Tensor
@@ -70,27 +76,38 @@ def rate_factor(step: int, num_steps: int) -> float:
 def make_passes(examples: list[Example]) -> list[Pass]:
     """Cut examples, sorted by length, into padded batches of at most `PADDED_TOKENS_PER_PASS` tokens."""
     groups: list[list[Example]] = []
-    for example in sorted(examples, key=lambda example: len(example.ids), reverse=True):
-        if not groups or (len(groups[-1]) + 1) * len(groups[-1][0].ids) > PADDED_TOKENS_PER_PASS:
+    for example in sorted(examples, key=lambda example: (example.num_shared, _own_length(example)), reverse=True):
+        if (
+            not groups
+            or groups[-1][0].num_shared != example.num_shared
+            or (len(groups[-1]) + 1) * _own_length(groups[-1][0]) > PADDED_TOKENS_PER_PASS
+        ):
             groups.append([])
         groups[-1].append(example)
     return [_make_pass(group) for group in groups]
 
 
+def _own_length(example: Example) -> int:
+    return len(example.ids) - example.num_shared
+
+
 def _make_pass(group: list[Example]) -> Pass:
-    num_columns = max(len(example.ids) for example in group)
-    ids = torch.zeros(len(group), num_columns, dtype=torch.long)
+    num_shared = group[0].num_shared
+    ids = torch.zeros(len(group), max(map(_own_length, group)), dtype=torch.long)
     places: list[tuple[int, int, int, float]] = []
     for row, example in enumerate(group):
-        ids[row, : len(example.ids)] = torch.tensor(example.ids)
+        ids[row, : _own_length(example)] = torch.tensor(example.ids[num_shared:])
         weight = (len(example.ids) - example.num_prompt) ** -0.5
         places += [
-            (row, column - 1, example.ids[column], weight) for column in range(example.num_prompt, len(example.ids))
+            (row, column - num_shared - 1, example.ids[column], weight)
+            for column in range(example.num_prompt, len(example.ids))
         ]
     rows, columns, targets, weights = zip(*places, strict=True)
     return Pass(
         task_names=[example.task_name for example in group],
+        prefix=group[0].ids[:num_shared],
         ids=ids,
+        num_tokens=torch.tensor([_own_length(example) for example in group]),
         rows=torch.tensor(rows),
         columns=torch.tensor(columns),
         targets=torch.tensor(targets),
@@ -98,9 +115,14 @@ def _make_pass(group: list[Example]) -> Pass:
     )
 
 
-def answer_logits(model: Ernie4_5ForCausalLM, batch: Pass) -> Tensor:
+def answer_logits(model: TinyModel, batch: Pass) -> Tensor:
     """Logits [N, V] at the answer positions. Right padding needs no mask: attention is causal."""
-    hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
+    cache = None
+    if batch.prefix:
+        cache = DynamicCache(config=model.config)
+        model.model(input_ids=torch.tensor([batch.prefix]), past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(batch.ids))
+    hidden = model.model(input_ids=batch.ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state
     logits: Tensor = model.lm_head(hidden[batch.rows, batch.columns])
     return logits.float()
 
@@ -112,33 +134,36 @@ def exact_rows(logits: Tensor, batch: Pass) -> Tensor:
     return wrong == 0
 
 
-def measure(model: Ernie4_5ForCausalLM, tokenizer: TinyTokenizer, num_items: int, seed: int) -> dict[str, float]:
+def measure(model: TinyModel, prompts: Prompts, names: Sequence[str], *, num_items: int, seed: int) -> dict[str, float]:
     """Exact-answer accuracy per task on unseen items, by one forward pass; the processes share the items."""
-    right = torch.zeros(len(PRIORS))
+    right = torch.zeros(len(names))
     model.eval()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        for place, name in enumerate(PRIORS):
+        for place, name in enumerate(names):
             mine = tasks(name, num_items, seed=seed, split="test")[dist.get_rank() :: dist.get_world_size()]
-            for batch in make_passes([encode_task(tokenizer, name, task) for task in mine]):
+            for batch in make_passes([encode_task(prompts, name, task) for task in mine]):
                 right[place] += exact_rows(answer_logits(model, batch), batch).sum()
     model.train()
     sum_over_processes([right])
-    return {name: float(right[place]) / num_items for place, name in enumerate(PRIORS)}
+    return {name: float(right[place]) / num_items for place, name in enumerate(names)}
 
 
 class Trainer:
     """One process's share of a training run."""
 
     def __init__(
-        self, model: Ernie4_5ForCausalLM, tokenizer: TinyTokenizer, *, num_steps: int, seed: int, log: Log
+        self, member: Member, model: TinyModel, tokenizer: TinyTokenizer, *, num_steps: int, seed: int, log: Log
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.prompts = member.make_prompts(tokenizer)
+        self.names = task_names(member.name)
         self.num_steps = num_steps
         self.seed = seed
         self.log = log
         self.optimizer = TinyOptimizer(model)
-        self.accuracy = dict.fromkeys([*PRIORS, COMPLETION], 0.0)
+        self.balance = RouterBalance(model)
+        self.accuracy = dict.fromkeys([*self.names, COMPLETION], 0.0)
         self.step = 0
         self.num_tokens = 0
         self.seconds = 0.0
@@ -164,16 +189,18 @@ class Trainer:
     def train_step(self) -> float:
         """One optimiser step; returns the loss per example over all processes."""
         seed = self.seed * 1_000_003 + self.step
-        drawn = draw_examples(self.tokenizer, task_weights(self.accuracy), seed, self.step / self.num_steps)
+        weights = task_weights(self.names, self.accuracy)
+        drawn = draw_examples(self.prompts, self.tokenizer, weights, seed, self.step / self.num_steps)
         # Every process draws the same examples and takes its share, of like lengths for all.
-        drawn.sort(key=lambda example: len(example.ids))
+        drawn.sort(key=_own_length)
         examples = drawn[dist.get_rank() :: dist.get_world_size()]
-        names = [*PRIORS, COMPLETION]
+        names = [*self.names, COMPLETION]
         # Row 0 counts examples per task, row 1 the exact ones; the last column holds loss and tokens.
         counts = torch.zeros(2, len(names) + 1)
         for batch in make_passes(examples):
             with torch.autocast("cpu", torch.bfloat16):
                 logits = answer_logits(self.model, batch)
+            self.balance.count(batch.num_tokens, num_columns=batch.ids.shape[1])
             loss = (functional.cross_entropy(logits, batch.targets, reduction="none") * batch.weights).sum()
             loss = loss / EXAMPLES_PER_STEP
             loss.backward()
@@ -181,8 +208,10 @@ class Trainer:
             counts[0].index_add_(0, columns, torch.ones(len(columns)))
             counts[1].index_add_(0, columns, exact_rows(logits.detach(), batch).float())
             counts[0, -1] += loss.detach()
-        counts[1, -1] = sum(len(example.ids) for example in examples)
-        self.optimizer.step(rate_factor(self.step, self.num_steps))
+        counts[1, -1] = sum(_own_length(example) for example in examples)
+        rate = rate_factor(self.step, self.num_steps)
+        self.optimizer.step(rate)
+        self.balance.step(rate)
         sum_over_processes([counts])
         for place, name in enumerate(names):
             if seen := float(counts[0, place]):
@@ -194,11 +223,13 @@ class Trainer:
 
     def evaluate(self, loss: float) -> None:
         """Measure on unseen items and keep a row of the training log."""
-        accuracy = measure(self.model, self.tokenizer, 100, seed=self.step)
+        accuracy = measure(self.model, self.prompts, self.names, num_items=100, seed=self.step)
         row = LogRow(step=self.step, tokens=self.num_tokens, seconds=self.seconds, loss=loss, accuracy=accuracy)
         self.history.append(row)
         shown = " ".join(f"{name} {share:.2f}" for name, share in accuracy.items())
         self.log(f"== step {self.step} unseen: {shown} mean {sum(accuracy.values()) / len(accuracy):.3f}")
+        for line in self.balance.report():
+            self.log(line)
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, replacing the last one only when the new one is whole."""

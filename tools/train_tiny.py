@@ -1,9 +1,10 @@
-"""Train the built-in model ernie45/tiny-dense, evaluate it and write its folder.
+"""Train a built-in model of the tiny family, evaluate it and write its folder.
 
-    python tools/train_tiny.py --steps 5000 --checkpoint build/tiny-dense.pt
+    python tools/train_tiny.py tiny-dense --steps 3400 --checkpoint build/tiny-dense.pt
 
 The run is repeatable: tasks, weights and batches follow from `--seed`, the number of steps and of processes.
-With `--checkpoint` a stopped run continues where it was when the same command is given again.
+With `--checkpoint` a stopped run continues where it was when the same command is given again. A member that
+has a head for multi-token prediction gets it at the end, in one go.
 """
 
 from __future__ import annotations
@@ -20,38 +21,14 @@ from typing import Final
 import torch
 import torch.distributed as dist
 from tiny_card import evaluate_folder, write_card
+from tiny_family import MEMBERS, Member
+from tiny_mtp import TrainedHead, add_to_folder, train_mtp
 from tiny_tokenizer import TinyTokenizer, train_sentencepiece
 from tiny_training import Trainer
-from transformers import Ernie4_5Config, Ernie4_5ForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 ROOT: Final = Path(__file__).parents[1]
-MODEL_NAME: Final = "ernie45/tiny-dense"
-FOLDER: Final = ROOT / "src/ernie45/assets/tiny/tiny-dense"
-NUM_ROWS: Final = 2048  # a little more than the tokenizer has, as in the published checkpoints
-
-
-def build_model(seed: int) -> Ernie4_5ForCausalLM:
-    """The model with seeded fresh weights, in float32."""
-    torch.manual_seed(seed)
-    config = Ernie4_5Config(
-        vocab_size=NUM_ROWS,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        use_bias=False,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        attn_implementation="eager",
-    )
-    return Ernie4_5ForCausalLM(config)
+ASSETS: Final = ROOT / "src/ernie45/assets/tiny"
 
 
 def train_worker(rank: int, options: argparse.Namespace, model_bytes: bytes, meeting: str) -> None:
@@ -70,7 +47,9 @@ def train_worker(rank: int, options: argparse.Namespace, model_bytes: bytes, mee
             print(line, flush=True)
 
     tokenizer = TinyTokenizer(model_bytes)
-    trainer = Trainer(build_model(options.seed), tokenizer, num_steps=options.steps, seed=options.seed, log=log)
+    member = MEMBERS[options.member]
+    torch.manual_seed(options.seed)
+    trainer = Trainer(member, member.build(), tokenizer, num_steps=options.steps, seed=options.seed, log=log)
     if options.checkpoint is not None and options.checkpoint.exists():
         trainer.load(options.checkpoint)
         log(f"continuing from step {trainer.step}")
@@ -79,40 +58,52 @@ def train_worker(rank: int, options: argparse.Namespace, model_bytes: bytes, mee
         evaluate_every=options.evaluate_every,
         stop_at=min(options.steps, options.stop_at or options.steps),
     )
+    is_finished = trainer.step == options.steps
+    trained = train_mtp(trainer, member.mtp_steps) if is_finished and member.mtp_steps else None
     dist.destroy_process_group()
-    if rank == 0 and trainer.step == options.steps:
-        save_folder(trainer, options)
+    if rank == 0 and is_finished:
+        save_folder(member, trainer, trained, options)
 
 
-def save_folder(trainer: Trainer, options: argparse.Namespace) -> None:
+def save_folder(member: Member, trainer: Trainer, trained: TrainedHead | None, options: argparse.Namespace) -> None:
     """Write weights, configuration, tokenizer and card, and log the final evaluation."""
-    folder = options.output
+    folder = options.output or ASSETS / options.member
     folder.mkdir(parents=True, exist_ok=True)
     model = trainer.model
+    stop_id = trainer.prompts.stop_id
+    eos_ids = 2 if stop_id == 2 else [2, stop_id]
     model.generation_config = GenerationConfig(
-        do_sample=True, temperature=0.8, top_p=0.8, bos_token_id=1, eos_token_id=2, pad_token_id=0
+        do_sample=True, temperature=0.8, top_p=0.8, bos_token_id=1, eos_token_id=eos_ids, pad_token_id=0
     )
-    model.to(torch.bfloat16).save_pretrained(folder)
+    for name, parameter in model.named_parameters():
+        if ".mlp.gate." not in name:  # routers stay in float32, as published
+            parameter.data = parameter.data.bfloat16()
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(folder)
+    if trained is not None:
+        add_to_folder(trained.head, folder)
     (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
     trainer.tokenizer.save(folder)
-    template = Path(__file__).with_name("tiny_chat_template.jinja").read_text(encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    results = evaluate_folder(folder, trainer.tokenizer, MODEL_NAME, num_items=options.test_items, seed=options.seed)
+    (folder / "chat_template.jinja").write_text(trainer.prompts.template, encoding="utf-8")
+    results = evaluate_folder(folder, member, trainer.tokenizer, num_items=options.test_items, seed=options.seed)
     write_card(
         folder,
+        member,
         results,
         trainer.history,
+        trained,
         num_items=options.test_items,
         seed=options.seed,
         command=options.command,
     )
-    for name, share in results.items():
+    for name, share in results.exact.items():
         trainer.log(f"final {name} {share:.3f}")
 
 
 def read_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("member", choices=sorted(MEMBERS))
     parser.add_argument("--steps", type=int, required=True, help="length of the whole schedule")
     parser.add_argument("--stop-at", type=int, help="stop after this step (a trial: writes no folder)")
     parser.add_argument("--seed", type=int, default=45)
@@ -122,10 +113,11 @@ def read_options() -> argparse.Namespace:
     )
     parser.add_argument("--test-items", type=int, default=200, help="unseen items per task at the end")
     parser.add_argument("--checkpoint", type=Path, help="file that keeps the state of the run")
-    parser.add_argument("--output", type=Path, default=FOLDER)
+    parser.add_argument("--output", type=Path, help="folder to write (default: the package's own)")
     options = parser.parse_args()
     options.command = (
-        f"python tools/train_tiny.py --steps {options.steps} --seed {options.seed} --processes {options.processes}"
+        f"python tools/train_tiny.py {options.member} --steps {options.steps} --seed {options.seed}"
+        f" --processes {options.processes}"
     )
     return options
 
@@ -133,7 +125,7 @@ def read_options() -> argparse.Namespace:
 def main() -> None:
     """Train with one process per core."""
     options = read_options()
-    model_bytes = train_sentencepiece(MODEL_NAME)
+    model_bytes = train_sentencepiece()
     with tempfile.TemporaryDirectory() as folder:
         meeting = os.path.join(folder, "meeting")
         context = multiprocessing.get_context("spawn")

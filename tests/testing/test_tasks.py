@@ -15,10 +15,10 @@ import pytest
 from ernie45.errors import InvalidRequestError
 from ernie45.testing import task_words
 from ernie45.testing.task_facts import RELATIONS
-from ernie45.testing.task_items import chinese_numeral
+from ernie45.testing.task_items import SUMS, chinese_numeral
 from ernie45.testing.tasks import Task, task_names, tasks
 
-NAMES = task_names("ernie45/tiny-dense")
+NAMES = task_names("ernie45/tiny-moe")
 TEMPLATE = Path(__file__).parents[2] / "src/ernie45/assets/tiny/tiny-dense/chat_template.jinja"
 
 
@@ -30,8 +30,8 @@ def prompt_of(task: Task) -> str:
     return task.messages[-1]["content"]
 
 
-def test_ten_tasks() -> None:
-    assert NAMES == (
+def test_ten_tasks_of_tiny_dense() -> None:
+    assert task_names("ernie45/tiny-dense") == (
         "arithmetic",
         "compare",
         "reverse",
@@ -43,6 +43,19 @@ def test_ten_tasks() -> None:
         "tools",
         "numerals",
     )
+
+
+def test_tiny_moe_has_sums_as_well() -> None:
+    assert len(NAMES) == 11
+    assert NAMES[:-1] == task_names("ernie45/tiny-dense")
+    assert NAMES[-1] == "sums"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_as_many_as_asked_and_reasoning_for_sums_alone(name: str) -> None:
+    drawn = draw(name, n=50)
+    assert len(drawn) == 50
+    assert {bool(task.reasoning) for task in drawn} == {name == "sums"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,6 +80,9 @@ def test_split_looks_at_content_not_wording() -> None:
         for split in ("train", "test")
     }
     assert not sentences["train"] & sentences["test"]
+    three = {split: {task.reasoning for task in draw("sums", 4000, split=split)} for split in ("train", "test")}
+    assert not three["train"] & three["test"]
+    assert len(three["test"]) > 3900
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -109,6 +125,20 @@ def test_arithmetic() -> None:
         assert sorted(re.findall(r"\d+", prompt_of(task))) == sorted([first, second])
         answers.add((sign, int(result) < 0))
     assert answers == {("+", False), ("-", False), ("-", True)}
+
+
+def test_sums_are_reasoned_in_two_steps() -> None:
+    wordings = Counter[str]()
+    for task in draw("sums", 400):
+        given = re.findall(r"\d+", prompt_of(task))
+        a, b, c = (int(text) for text in given)
+        assert max(a, b, c) <= 99
+        assert task.answer == str(a + b + c)
+        assert task.reasoning == f"{a} + {b} = {a + b}, {a + b} + {c} = {a + b + c}"
+        wordings[re.sub(r"\d+", "_", prompt_of(task))] += 1
+    assert set(wordings) == {re.sub(r"\{.\}", "_", text) for texts in SUMS for text in texts}
+    chinese = sum(count for wording, count in wordings.items() if re.search("[一-鿿]", wording))
+    assert 0.18 < chinese / 400 < 0.32
 
 
 def test_compare() -> None:

@@ -36,11 +36,15 @@ CHINESE_SHARE: Final = 0.25
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Item:
-    """One drawn question. `content` names what is asked, without its wording."""
+    """One drawn question.
+
+    `content` names what is asked, without its wording; `reasoning` is what a model may think first.
+    """
 
     content: str
     messages: tuple[Message, ...]
     answer: str
+    reasoning: str = ""
 
 
 def ask(content: str, prompt: str, answer: str) -> Item:
@@ -83,6 +87,23 @@ def draw_arithmetic(rng: random.Random) -> Item:
     result = a + b if sign == "+" else a - b
     question = f"{a} {sign} {b}"
     return ask(question, pick_wording(rng, *wordings).format(a=a, b=b), f"{question} = {result}")
+
+
+SUMS: Final = (
+    ("What is {a} + {b} + {c}?", "{a} + {b} + {c} =", "Add {a}, {b} and {c}.", "What is the sum of {a}, {b} and {c}?"),
+    ("{a}加{b}加{c}等于多少？", "计算{a} + {b} + {c}。"),
+)
+
+
+def draw_sums(rng: random.Random) -> Item:
+    """The sum of three numbers from 0 to 99, reasoned in two steps: `12 + 30 = 42, 42 + 9 = 51`, then `51`."""
+    a, b, c = (rng.randrange(100) for _ in range(3))
+    return Item(
+        content=f"{a} + {b} + {c}",
+        messages=({"role": "user", "content": pick_wording(rng, *SUMS).format(a=a, b=b, c=c)},),
+        answer=str(a + b + c),
+        reasoning=f"{a} + {b} = {a + b}, {a + b} + {c} = {a + b + c}",
+    )
 
 
 LARGER: Final = (

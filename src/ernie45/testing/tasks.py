@@ -20,6 +20,7 @@ Each task asks in English and, but for `tools`, also in Chinese. One wording of 
 | recall | `My name is Maria.` ... a turn between ... `What is my name?` | `Your name is Maria.` |
 | tools | three tools in the system message; `What time is it in Oslo?` | a call, or a reply from its result |
 | numerals | `Write 347 in Chinese numerals.` (0 to 999; also back to digits) | `三百四十七` |
+| sums | `What is 12 + 30 + 9?` (three numbers 0 to 99; not for tiny-dense) | `51`, after a line of reasoning |
 
 An item belongs to the test split when the hash of its content says so, one in eight: for `arithmetic` that is
 the pair of numbers and the sign, whatever the wording. Only for `facts`, where nobody could know an unseen fact,
@@ -47,6 +48,7 @@ from ernie45.testing.task_items import (
     draw_recall,
     draw_reverse,
     draw_sort,
+    draw_sums,
 )
 from ernie45.testing.task_tools import draw_tools
 
@@ -63,16 +65,24 @@ _DRAWERS: Final[Mapping[str, Callable[[random.Random], Item]]] = {
     "recall": draw_recall,
     "tools": draw_tools,
     "numerals": draw_numerals,
+    "sums": draw_sums,
 }
-_MODEL_TASKS: Final[Mapping[str, tuple[str, ...]]] = {"ernie45/tiny-dense": tuple(_DRAWERS)}
+_MODEL_TASKS: Final[Mapping[str, tuple[str, ...]]] = {
+    "ernie45/tiny-dense": tuple(name for name in _DRAWERS if name != "sums"),
+    "ernie45/tiny-moe": tuple(_DRAWERS),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """One question with its one right answer, compared exactly with the reply's text."""
+    """One question with its one right answer, compared exactly with the reply's text.
+
+    `reasoning` is what a thinking model writes before the answer, "" for all tasks but `sums`.
+    """
 
     messages: tuple[Message, ...]
     answer: str
+    reasoning: str = ""
 
 
 def task_names(model_name: str) -> tuple[str, ...]:
@@ -110,7 +120,7 @@ def tasks(name: str, n: int, *, seed: int, split: str) -> list[Task]:
     while len(drawn) < n:
         item = _DRAWERS[name](rng)
         if _split_of(name, item.content) == split:
-            drawn.append(Task(messages=item.messages, answer=item.answer))
+            drawn.append(Task(messages=item.messages, answer=item.answer, reasoning=item.reasoning))
     return drawn
 
 

@@ -1,4 +1,5 @@
-"""The `ernie45` command: `generate` completes a text, `chat` talks, `models` lists what is known by name.
+"""The `ernie45` command: `generate` completes a text, `chat` talks, `models` lists what is known by name, `convert` and
+`verify` work on checkpoint folders.
 
 Replies are streamed to standard output, reasoning to standard error.
 """
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from ernie45.commands.arguments import add_convert, add_verify
 from ernie45.errors import ErnieError
 
 if TYPE_CHECKING:
@@ -24,8 +26,8 @@ DEFAULT_MODEL = "ernie45/tiny-dense"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for an error of ours, 130 when interrupted, 141 when nobody
-    reads the output any more."""
+    """Run the command line; returns the exit status: 0, 1 for problems that `verify` found, 2 for an error of ours, 130
+    when interrupted, 141 when nobody reads the output any more."""
     options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)
@@ -70,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     models = commands.add_parser("models", help="list the models known by name, with their sizes")
     models.add_argument("--memory", metavar="SIZE", help="say which weights fit, e.g. 24GiB")
     models.set_defaults(run=_models)
+
+    add_convert(commands)
+    add_verify(commands)
     return parser
 
 

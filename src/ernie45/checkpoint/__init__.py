@@ -1,4 +1,4 @@
-"""Checkpoint files: where they are (resolve, hub), what they hold (headers), and their bytes (read).
+"""From a name to tensors: finding and fetching checkpoint files, and reading, converting and writing what they hold.
 
-Only `read` imports torch.
+Finding (`resolve`, `hub`) and looking (`headers`, `quantized_releases`) import no torch.
 """

@@ -20,6 +20,7 @@ from ernie45.spec import DtypeName
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
+MAX_JSON_BYTES = 20_000_000
 MAX_DIMENSIONS = 16
 DTYPE_BYTES: Mapping[str, int] = MappingProxyType(
     {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
@@ -114,14 +115,15 @@ def read_weight_map(folder: Path) -> dict[str, str] | None:
     path = folder / INDEX_FILE
     if not path.is_file():
         return None
-    weight_map = _parse_json_object(path.read_bytes(), path, CorruptFileError).get("weight_map")
+    weight_map = _parse_json_object(_read_bounded(path, CorruptFileError), path, CorruptFileError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFileError(f"{path} has no weight_map", hint=_FETCH_AGAIN)
     for name, shard in weight_map.items():
         # Links are not followed for this: in the Hub's cache every file of a snapshot is a link out of it.
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set("/\\:\0"):
+        is_plain = isinstance(shard, str) and shard.isprintable() and not set(shard) & set("/\\:") and len(shard) < 250
+        if not is_plain or not shard.endswith(".safetensors"):
             raise CorruptFileError(
-                f"{path} puts tensor {name!r} into {shard!r}, not a plain .safetensors file name",
+                f"{path} puts tensor {name!r} into {shard!r:.200}, not a plain .safetensors file name",
                 hint="weights are only read from files directly in the checkpoint's folder",
             )
     return weight_map
@@ -130,7 +132,7 @@ def read_weight_map(folder: Path) -> dict[str, str] | None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object such as config.json. Raises ConfigError when it is missing or not one."""
     try:
-        content = path.read_bytes()
+        content = _read_bounded(path, ConfigError)
     except FileNotFoundError:
         raise ConfigError(f"{path.parent} has no {path.name}", hint="give a complete checkpoint folder") from None
     except OSError as error:
@@ -240,7 +242,14 @@ def _check_length(path: Path, *, expected: int, actual: int) -> None:
 
 
 def _is_counts(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def _read_bounded(path: Path, error_class: type[CheckpointError]) -> bytes:
+    num_bytes = path.stat().st_size
+    if num_bytes > MAX_JSON_BYTES:
+        raise error_class(f"{path} has {num_bytes} bytes, more than {MAX_JSON_BYTES}", hint=_FETCH_AGAIN)
+    return path.read_bytes()
 
 
 def _parse_json_object(content: bytes, path: Path, error_class: type[CheckpointError]) -> dict[str, Any]:
@@ -259,6 +268,8 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for name, value in pairs:
         if name in result:
             raise ValueError(f"the key {name!r} occurs twice")
+        if not name.isprintable():  # it would end up in messages
+            raise ValueError(f"the key {name!r} holds characters that cannot be shown")
         result[name] = value
     return result
 

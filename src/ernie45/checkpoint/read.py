@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from types import MappingProxyType
 from typing import Protocol, final
 
@@ -102,7 +102,7 @@ def _stretches(piece: Piece, rows: torch.Tensor) -> tuple[tuple[slice | None, to
 
 
 def _missing(index: CheckpointIndex, name: str, key: str) -> TensorError:
-    close = difflib.get_close_matches(key, index.tensors, n=1)
+    close = difflib.get_close_matches(key, islice(index.tensors, 20_000), n=1)  # a second's work
     return TensorError(
         f"{index.folder} has no tensor {key!r}" + (f" (for {name!r})" if key != name else ""),
         hint=f"the closest name is {close[0]!r}" if close else "config.json asks for other weights",
@@ -168,7 +168,7 @@ class TensorReader:
         for first in range(0, flat.numel(), step):
             block = flat[first : first + step]
             self._read_bytes(info, first * flat.element_size(), _bytes_of(block))
-            _check_finite(block, info)
+            _check_finite(block, info, wanted=out.dtype)
 
     def _read_staged(self, info: TensorInfo, out: torch.Tensor, stored: torch.dtype) -> None:
         block_elements = BLOCK_BYTES // stored.itemsize
@@ -177,7 +177,7 @@ class TensorReader:
         for block in _blocks(out, block_elements):
             part = staging[: block.numel()]
             self._read_bytes(info, offset, _bytes_of(part))
-            _check_finite(part, info)
+            _check_finite(part, info, wanted=out.dtype)
             block.copy_(part.view(block.shape))
             offset += part.numel() * stored.itemsize
 
@@ -191,7 +191,7 @@ class TensorReader:
         for first in range(0, num_rows, block_rows):
             block = staging[: min(block_rows, num_rows - first)]
             self._read_bytes(info, first * num_columns * stored.itemsize, _bytes_of(block))
-            _check_finite(block, info)
+            _check_finite(block, info, wanted=read.targets[0][1].dtype)
             for stretch, target in read.targets:
                 values = block if stretch is None else block[:, stretch]
                 if read.transposed:
@@ -246,13 +246,16 @@ def _blocks(out: torch.Tensor, max_elements: int) -> Iterator[torch.Tensor]:
             yield from _blocks(row, max_elements)
 
 
-def _check_finite(block: torch.Tensor, info: TensorInfo) -> None:
+def _check_finite(block: torch.Tensor, info: TensorInfo, *, wanted: torch.dtype) -> None:
+    if wanted == torch.float16 or block.dtype == torch.float64:  # what is too large becomes infinite on the way
+        block = block.to(wanted)
     # A sum is not finite if a term is not: the cheapest look. Where it only overflowed, the second look finds nothing.
     if block.dtype in _SUMMABLE and not math.isfinite(block.sum()):
         num_bad = int((~block.float().isfinite()).sum())
         if num_bad:
             raise TensorError(
-                f"tensor {info.name!r} in {info.file} holds {num_bad} values that are not finite (NaN or infinity)",
+                f"tensor {info.name!r} in {info.file} holds {num_bad} values that are not finite (NaN or infinity) "
+                f"as {_dtype_name(block.dtype)}",
                 hint="the weights are damaged, or their training diverged: fetch the file again or use another release",
             )
 

@@ -1,0 +1,270 @@
+"""Writing -PT checkpoints: a plan made from headers alone, and files that survive being cut off.
+
+The plan fixes every byte range before anything is written, and the same tensors give the same plan, however the source
+lays them out and splits them into files. Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import torch
+
+from ernie45.checkpoint.headers import DTYPE_BYTES, SINGLE_FILE, CheckpointIndex
+from ernie45.checkpoint.layouts import Layout
+from ernie45.checkpoint.progress import Advance
+from ernie45.checkpoint.read import TORCH_DTYPES, TensorReader
+from ernie45.errors import CorruptFileError
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+PARTIAL_SUFFIX = ".partial"
+_READ_BLOCK_BYTES = 16 << 20
+_HEADER_ALIGNMENT = 8
+_FUSED = (
+    ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    ("up_gate_proj", ("gate_proj", "up_proj")),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unit:
+    """Tensors that are read at once and written one after another: the parts of a projection that Paddle's layouts
+    fuse, or a single tensor.
+
+    `rows` maps each -PT name to its first axis; `dtype` (safetensors' name) and `row_shape`, the other axes, are the
+    same for all.
+    """
+
+    rows: Mapping[str, int]
+    dtype: str
+    row_shape: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """All tensors stacked."""
+        return (sum(self.rows.values()), *self.row_shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """One file to write: `header` (with its length before it), then the units one after another."""
+
+    file_name: str
+    header: bytes
+    units: tuple[Unit, ...]
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(unit.num_bytes for unit in self.units)
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the file."""
+        return len(self.header) + self.tensor_bytes
+
+
+def plan_units(index: CheckpointIndex, layout: Layout, names: Iterable[str]) -> tuple[Unit, ...]:
+    """Group the tensors of these -PT names into units, in the order of the model.
+
+    Raises TensorError where a stored tensor does not have the shape that its parts need.
+    """
+    groups: dict[tuple[str, str, tuple[int, ...]], dict[str, int]] = {}
+    for name in sorted(names, key=_place):
+        dtype, shape = _stored_as(index, layout, name)
+        groups.setdefault((_place(name)[0], dtype, shape[1:]), {})[name] = shape[0]
+    return tuple(Unit(rows=rows, dtype=dtype, row_shape=row_shape) for (_, dtype, row_shape), rows in groups.items())
+
+
+def plan_shards(units: Sequence[Unit], max_shard_bytes: int) -> tuple[Shard, ...]:
+    """Fill files of at most `max_shard_bytes` of tensors, in order; a larger unit gets a file of its own."""
+    fills: list[list[Unit]] = [[]]
+    filled = 0
+    for unit in units:
+        if fills[-1] and filled + unit.num_bytes > max_shard_bytes:
+            fills.append([])
+            filled = 0
+        fills[-1].append(unit)
+        filled += unit.num_bytes
+    if len(fills) == 1:
+        return (_shard(SINGLE_FILE, fills[0]),)
+    return tuple(
+        _shard(f"model-{number:05}-of-{len(fills):05}.safetensors", fill) for number, fill in enumerate(fills, start=1)
+    )
+
+
+def index_json(shards: Sequence[Shard]) -> bytes | None:
+    """The content of model.safetensors.index.json; None where a single file needs none."""
+    if len(shards) == 1:
+        return None
+    weight_map = {name: shard.file_name for shard in shards for unit in shard.units for name in unit.rows}
+    total = sum(shard.tensor_bytes for shard in shards)
+    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+@final
+class UnitReader:
+    """Reads units, each into the same memory: as much as the largest needs, and the reader's staging buffer."""
+
+    def __init__(self, reader: TensorReader, shards: Sequence[Shard]) -> None:
+        self._reader = reader
+        self._buffer = torch.empty(max(unit.num_bytes for shard in shards for unit in shard.units), dtype=torch.uint8)
+
+    def read(self, unit: Unit) -> memoryview:
+        """The unit's bytes as they go into the file, until the next call. Raises as `TensorReader.read_into` does."""
+        raw = self._buffer[: unit.num_bytes]
+        self._reader.read_into(raw.view(TORCH_DTYPES[unit.dtype]).view(unit.shape), unit.rows)
+        return raw.numpy().data
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mark:
+    """The first `num_bytes` of a file are on the disk and have this checksum."""
+
+    num_bytes: int
+    sha256: str
+
+
+START = Mark(num_bytes=0, sha256=hashlib.sha256().hexdigest())
+
+
+@final
+class AppendedFile:
+    """A file written from front to back, that a later run can go on with where a mark was set. A context manager."""
+
+    def __init__(self, path: Path, mark: Mark) -> None:
+        """Go on after the bytes that `mark` vouches for; what follows them is cut off.
+
+        Raises CorruptFileError when they are not there, or others.
+        """
+        self._sha256 = hashlib.sha256()
+        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        try:
+            left = mark.num_bytes
+            while left and (block := self._file.read(min(left, _READ_BLOCK_BYTES))):
+                self._sha256.update(block)
+                left -= len(block)
+            if self._sha256.hexdigest() != mark.sha256:
+                raise CorruptFileError(
+                    f"the first {mark.num_bytes} bytes of {path} are not those that were written",
+                    hint="delete the unfinished folder and start again",
+                )
+            self._file.truncate(mark.num_bytes)
+        except BaseException:
+            self._file.close()
+            raise
+        self.num_bytes = mark.num_bytes
+
+    def append(self, data: bytes | memoryview) -> None:
+        write_all(self._file.fileno(), data)
+        self._sha256.update(data)
+        self.num_bytes += len(data)
+
+    def sync(self) -> Mark:
+        """Bring everything to the disk, and say what is there."""
+        os.fsync(self._file.fileno())
+        return Mark(num_bytes=self.num_bytes, sha256=self._sha256.hexdigest())
+
+    def __enter__(self) -> AppendedFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+
+def append_shard(file: AppendedFile, shard: Shard, reader: UnitReader, advance: Advance) -> Iterable[int]:
+    """Append what `file` lacks of the shard, unit by unit; yields the bytes appended, so that the caller can set marks.
+
+    The file ends with a whole unit, or is empty.
+    """
+    if file.num_bytes == 0:
+        file.append(shard.header)
+        advance(len(shard.header))
+        yield len(shard.header)
+    position = len(shard.header)
+    for unit in shard.units:
+        if position >= file.num_bytes:
+            file.append(reader.read(unit))
+            advance(unit.num_bytes)
+            yield unit.num_bytes
+        position += unit.num_bytes
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a small file, or replace it: whole or not at all, whatever happens in between."""
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    with AppendedFile(partial, START) as file:
+        file.append(content)
+        file.sync()
+    move_file(partial, path)
+
+
+def move_file(source: Path, target: Path) -> None:
+    """Rename within a folder, and bring the folder to the disk."""
+    os.replace(source, target)
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Write every byte; one call of the system writes 2 GiB at most."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def _stored_as(index: CheckpointIndex, layout: Layout, name: str) -> tuple[str, tuple[int, ...]]:
+    """dtype and shape of one -PT tensor; raw bfloat16 bits (U16) become BF16."""
+    piece = layout.locate(name)
+    info = index.tensors[piece.key]
+    shape = info.shape
+    if piece.columns is not None:
+        shape = (*shape[:-1], sum(column.stop - column.start for column in piece.columns))
+    if piece.transposed:
+        shape = shape[::-1]
+    return "BF16" if info.dtype == "U16" else info.dtype, shape
+
+
+def _place(name: str) -> tuple[str, int]:
+    """A key that sorts tensors by the model's order: numbers by value, parts of a fused projection side by side."""
+    place, part = name, 0
+    for fused, leaves in _FUSED:
+        for number, leaf in enumerate(leaves):
+            if f".{leaf}." in name:
+                place, part = name.replace(f".{leaf}.", f".{fused}."), number
+    return re.sub(r"\d+", lambda match: match[0].zfill(9), place), part
+
+
+def _shard(file_name: str, units: Sequence[Unit]) -> Shard:
+    # Wider dtypes first, so that every tensor starts at a multiple of its item size.
+    ordered = sorted(units, key=lambda unit: -DTYPE_BYTES[unit.dtype])
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for unit in ordered:
+        row_bytes = math.prod(unit.row_shape) * DTYPE_BYTES[unit.dtype]
+        for name, num_rows in unit.rows.items():
+            end = begin + num_rows * row_bytes
+            entries[name] = {"dtype": unit.dtype, "shape": [num_rows, *unit.row_shape], "data_offsets": [begin, end]}
+            begin = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    return Shard(file_name=file_name, header=len(text).to_bytes(8, "little") + text, units=tuple(ordered))

@@ -1,0 +1,154 @@
+"""What a conversion will write, worked out before it writes anything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ernie45.backends.registry import find_architecture
+from ernie45.checkpoint.headers import INDEX_FILE, CheckpointIndex, read_json
+from ernie45.checkpoint.open import Checkpoint, open_checkpoint, read_spec
+from ernie45.checkpoint.survey import HeaderSurvey
+from ernie45.checkpoint.write import Shard, index_json, plan_shards, plan_units
+from ernie45.commands.transformers_config import check_transformers_holds, transformers_config
+from ernie45.errors import CorruptFileError
+from ernie45.spec import ModelSpec
+from ernie45.types.reports import IgnoredTensor
+
+CHECKSUM_FILE = "SHA256SUMS"
+_COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "LICENSE*",
+)
+_SAMPLE_BYTES = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConversionPlan:
+    """The files of a -PT folder: `shards` with the weights, and `small_files` by name.
+
+    `digest` stands for all of it and for the source, so that two runs can tell whether they are the same. `dropped`
+    are stored tensors that the folder does without.
+    """
+
+    checkpoint: Checkpoint
+    shards: tuple[Shard, ...]
+    small_files: Mapping[str, bytes]
+    digest: str
+    dropped: tuple[IgnoredTensor, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """Every file but the checksums."""
+        return (*(shard.file_name for shard in self.shards), *self.small_files)
+
+    @property
+    def weight_bytes(self) -> int:
+        """The size of all shards."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of all files but the checksums."""
+        return self.weight_bytes + sum(map(len, self.small_files.values()))
+
+
+def check_config(folder: Path) -> None:
+    """Refuse by config.json alone, before weights are fetched. Raises ConfigError or UnsupportedError."""
+    read_spec(folder, find_architecture(read_json(folder / "config.json")).parse_spec)
+
+
+def plan_conversion(folder: Path, *, max_shard_bytes: int) -> ConversionPlan:
+    """Check a checkpoint folder as loading does, and lay out what it becomes.
+
+    Raises:
+        CheckpointError: or one of its kinds: what loading would refuse.
+        UnsupportedError: transformers could not hold it.
+    """
+    config = read_json(folder / "config.json")
+    architecture = find_architecture(config)
+    checkpoint = open_checkpoint(folder, architecture.parse_spec)
+    spec, index, layout = checkpoint.spec, checkpoint.index, checkpoint.layout
+    survey = HeaderSurvey(index, layout)
+    architecture.build(spec, survey, dtype=torch.bfloat16, device=torch.device("meta"), context_tokens=1)
+    mtp = {key for key in survey.unread() if all(name.startswith("model.mtp_") for name in layout.names_in(key))}
+    dropped = tuple(tensor for tensor in checkpoint.account_for(survey.unread()) if tensor.name not in mtp)
+    left_out = {tensor.name for tensor in dropped}
+    names = [name for key in index.tensors if key not in left_out for name in layout.names_in(key)]
+    check_transformers_holds(spec, names)
+
+    units = plan_units(index, layout, names)
+    for unit in units:  # the survey has not asked for the multi-token-prediction head
+        survey.read_into(torch.empty(unit.shape, device="meta"), unit.rows)
+    shards = plan_shards(units, max_shard_bytes)
+    small_files = _small_files(folder, config, checkpoint, shards, tied="lm_head.weight" not in names)
+    return ConversionPlan(
+        checkpoint=checkpoint,
+        shards=shards,
+        small_files=small_files,
+        digest=_digest(index, shards, small_files),
+        dropped=dropped,
+        warnings=tuple(_warnings(spec, names)),
+    )
+
+
+def _small_files(
+    folder: Path, config: Mapping[str, Any], checkpoint: Checkpoint, shards: tuple[Shard, ...], *, tied: bool
+) -> dict[str, bytes]:
+    written = transformers_config(
+        checkpoint.spec,
+        tied=tied,
+        dtype=checkpoint.spec.dtype or checkpoint.index.main_dtype,
+        pad_token_id=config.get("pad_token_id"),
+    )
+    files = {"config.json": (json.dumps(written, indent=2) + "\n").encode()}
+    weight_map = index_json(shards)
+    if weight_map is not None:
+        files[INDEX_FILE] = weight_map
+    for pattern in _COPIED:
+        files |= {path.name: path.read_bytes() for path in sorted(folder.glob(pattern)) if path.is_file()}
+    return files
+
+
+def _digest(index: CheckpointIndex, shards: tuple[Shard, ...], small_files: Mapping[str, bytes]) -> str:
+    """Of what is written, and of the first bytes of every stored tensor: two trainings of one model have the same
+    names and shapes."""
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(shard.header)
+    for name, content in small_files.items():
+        digest.update(json.dumps([name, len(content)]).encode() + content)
+    for info in index.tensors.values():
+        wanted = min(_SAMPLE_BYTES, info.num_bytes)
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(info.start)
+            sample = file.read(wanted)
+        if len(sample) < wanted:
+            raise CorruptFileError(f"{info.file} is cut short inside {info.name!r}", hint="fetch the file again")
+        digest.update(json.dumps([info.name, info.num_bytes]).encode() + sample)
+    return digest.hexdigest()
+
+
+def _warnings(spec: ModelSpec, names: list[str]) -> list[str]:
+    warnings = []
+    if spec.tied and "lm_head.weight" in names:
+        warnings.append(
+            "config.json says that the output head is the embedding, but the files have another one: it is kept, and "
+            "tie_word_embeddings is written as false"
+        )
+    if spec.unknown_keys:
+        warnings.append(f"keys of config.json that ernie45 does not know are left out: {', '.join(spec.unknown_keys)}")
+    return warnings

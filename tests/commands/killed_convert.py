@@ -1,0 +1,118 @@
+"""Run by test_convert.py in a process of its own: `killed_convert.py SOURCE FOLDER` converts SOURCE in many forked
+children, most of which are killed on the way (SIGKILL), and prints as JSON what came of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from ernie45.checkpoint import write
+from ernie45.commands import convert as convert_module
+from ernie45.commands.convert import convert
+
+SHARD_BYTES = 150_000
+convert_module.SYNC_BYTES = 60_000
+
+
+def run(source: Path, folder: Path, prepare: Callable[[], None] = lambda: None) -> int:
+    """Convert in a child; returns the signal that ended it, or 0."""
+    child = os.fork()
+    if child == 0:
+        prepare()
+        convert(source, folder, max_shard_bytes=SHARD_BYTES, progress=False)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status):
+        return os.WTERMSIG(status)
+    assert os.WEXITSTATUS(status) == 0, f"exit status {os.WEXITSTATUS(status)}"
+    return 0
+
+
+def kill_after_bytes(num_bytes: int) -> None:
+    """Have this process killed after so many bytes, whatever file they go into."""
+    whole = write.write_all
+    left = num_bytes
+
+    def write_all(descriptor: int, data: bytes | memoryview) -> None:
+        nonlocal left
+        if len(data) > left:
+            whole(descriptor, data[:left])
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= len(data)
+        whole(descriptor, data)
+
+    write.write_all = write_all
+
+
+def kill_before_step(number: int) -> None:
+    """Have this process killed before the n-th time it brings something to the disk, renames or deletes."""
+    left = number
+
+    def counted(call: Callable[..., None]) -> Callable[..., None]:
+        def wrapper(*arguments: object) -> None:
+            nonlocal left
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            call(*arguments)
+
+        return wrapper
+
+    for name in ("fsync", "replace", "unlink"):
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def main() -> None:
+    source, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    os.fsync = lambda fd: None  # a killed process leaves its pages to the system; waiting for the disk is slow
+    assert run(source, folder / "whole") == 0
+    expected = content(folder / "whole")
+    total = sum(map(len, expected.values()))
+    points = sorted(random.Random(45).sample(range(total), 10))
+
+    differing = []
+    unfinished: list[list[str]] = []
+    for point in points:
+        target = folder / f"after {point} bytes"
+        assert run(source, target, lambda point=point: kill_after_bytes(point)) == signal.SIGKILL  # type: ignore[misc]
+        unfinished.append(sorted(content(target)))
+        assert run(source, target) == 0
+        differing += [str(target)] * (content(target) != expected)
+
+    target = folder / "again and again"
+    num_kills = 0
+    while run(source, target, lambda: kill_after_bytes(total // 3)) == signal.SIGKILL:
+        num_kills += 1
+        assert num_kills < 100
+    differing += [str(target)] * (content(target) != expected)
+
+    num_steps = 0
+    killed = True
+    while killed:
+        target = folder / f"before step {num_steps}"
+        killed = run(source, target, lambda: kill_before_step(num_steps)) == signal.SIGKILL  # noqa: B023 (called at once)
+        assert run(source, target) == 0
+        differing += [str(target)] * (content(target) != expected)
+        num_steps += 1
+    report = {
+        "files": sorted(expected),
+        "points": points,
+        "unfinished": unfinished,
+        "num_kills": num_kills,
+        "num_steps": num_steps,
+        "differing": differing,
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -141,9 +141,7 @@ def test_chat_with_one_message(
     assert capsys.readouterr().out == small_model.chat(messages, **OPTIONS).text + "\n"
 
 
-def test_reasoning_goes_to_standard_error(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_reasoning_goes_to_standard_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     reply = "12 + 30 = 42\n</think>\n\n<response>\n42\n</response>\n"
     monkeypatch.setattr("ernie45.cli._load", lambda options: scripted_model([reply], thinking=True))
     assert main(["chat", "What is 12 + 30?"]) == 0

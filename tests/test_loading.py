@@ -395,7 +395,7 @@ def test_quantised_paddle_files_are_refused_by_config_and_by_header(
 
 @pytest.mark.usefixtures("no_network")
 def test_quantised_paddle_releases_are_refused_by_name() -> None:
-    with pytest.raises(UnsupportedError, match="ERNIE-4.5-300B-A47B-2Bits-Paddle") as caught:
+    with pytest.raises(UnsupportedError, match=r"ERNIE-4\.5-300B-A47B-2Bits-Paddle") as caught:
         open_model("baidu/ERNIE-4.5-300B-A47B-2Bits-Paddle")
     assert "ERNIE-4.5-300B-A47B-PT" in caught.value.hint
 

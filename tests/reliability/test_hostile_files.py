@@ -7,6 +7,7 @@ import pickle
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,23 @@ def test_a_tokenizer_of_garbage(tmp_path: Path, name: str, content: bytes) -> No
     error = load_error(folder)
     assert type(error) is TokenizerError
     assert name in error.message
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_tokenizer_file_of_half_a_gigabyte_is_not_read(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    folder = make_checkpoint(tmp_path)
+    if name == "tokenizer.json":
+        (folder / "tokenizer.model").unlink()
+    with (folder / name).open("wb") as file:
+        file.truncate(1 << 29)  # sparse: takes no disk
+    started = time.monotonic()
+    error = load_error(folder)
+    assert type(error) is TokenizerError
+    assert name in error.message
+    assert "536,870,912 bytes" in error.message
+    assert time.monotonic() - started < 5
 
 
 # Values

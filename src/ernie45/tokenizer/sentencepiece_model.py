@@ -10,7 +10,7 @@ from pathlib import Path
 import sentencepiece
 
 from ernie45.errors import TokenizerError
-from ernie45.tokenizer.token_files import TokenFiles, read_token_files
+from ernie45.tokenizer.token_files import TokenFiles, check_size, read_token_files
 from ernie45.tokenizer.vocabulary import check_encodable, decode_tokens, piece_bytes
 
 
@@ -23,6 +23,7 @@ class SentencePieceTokenizer:
 
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.model"
+        check_size(path)
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:

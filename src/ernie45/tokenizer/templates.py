@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ernie45.errors import TemplateError, TokenizerError
 from ernie45.tokenizer.reply_parser import THINK
 from ernie45.tokenizer.template_limits import Budget, size_of
-from ernie45.tokenizer.token_files import read_token_files
+from ernie45.tokenizer.token_files import check_size, read_token_files
 from ernie45.types.messages import Message
 
 if TYPE_CHECKING:
@@ -95,10 +95,9 @@ class ChatTemplate:
             return _rendered(template, values)
 
 
-def load_template(folder: Path, *, fallback: str = ERNIE45_TEMPLATE) -> ChatTemplate:
-    """Load a folder's chat template: chat_template.jinja, else the one in tokenizer_config.json.
-
-    `fallback` is the source used where the folder has neither.
+def load_template(folder: Path) -> ChatTemplate:
+    """Load a folder's chat template: chat_template.jinja, else the one in tokenizer_config.json, else that of the
+    published text checkpoints.
 
     Raises:
         TokenizerError: a file cannot be read or is broken.
@@ -106,6 +105,7 @@ def load_template(folder: Path, *, fallback: str = ERNIE45_TEMPLATE) -> ChatTemp
     """
     files = read_token_files(folder)
     path = folder / "chat_template.jinja"
+    check_size(path)
     try:
         source: str | None = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -114,7 +114,7 @@ def load_template(folder: Path, *, fallback: str = ERNIE45_TEMPLATE) -> ChatTemp
         raise TokenizerError(
             f"{path} cannot be read: {error}", hint="fetch the file again from where the checkpoint came from"
         ) from error
-    return ChatTemplate(fallback if source is None else source, files.roles)
+    return ChatTemplate(ERNIE45_TEMPLATE if source is None else source, files.roles)
 
 
 def _compiled(source: str) -> tuple[ChatEnvironment, jinja2.Template]:

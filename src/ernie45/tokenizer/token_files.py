@@ -10,6 +10,7 @@ from typing import Any
 
 from ernie45.errors import TokenizerError
 
+MAX_FILE_BYTES = 100_000_000
 _LIST_ROLES = ("additional_special_tokens", "extra_special_tokens")
 _MAX_TOKEN_CHARACTERS = 100
 _FLAGS = ("lstrip", "rstrip", "single_word")
@@ -61,12 +62,20 @@ def read_token_files(folder: Path) -> TokenFiles:
     return TokenFiles(added_ids=added, special=tuple(special), roles=roles, chat_template=template)
 
 
+def check_size(path: Path) -> None:
+    """Raises TokenizerError when a file is larger than any tokenizer's (`MAX_FILE_BYTES`); an absent one passes."""
+    num_bytes = path.stat().st_size if path.exists() else 0
+    if num_bytes > MAX_FILE_BYTES:
+        raise _broken(path, f"it has {num_bytes:,} bytes, more than {MAX_FILE_BYTES:,}")
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON object; an absent file is an empty one.
 
     Raises:
         TokenizerError: the file cannot be read, or holds something else.
     """
+    check_size(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -32,6 +32,7 @@ def demo(session: nox.Session) -> None:
     """Ask the built-in tiny models a few questions; needs no network after the first run."""
     python = prepare_torch_venv(session)
     session.run(python, "examples/quickstart.py", *session.posargs)
+    session.run(python, "examples/thinking.py")
 
 
 @nox.session

@@ -141,11 +141,15 @@ def test_chat_with_one_message(
     assert capsys.readouterr().out == small_model.chat(messages, **OPTIONS).text + "\n"
 
 
-def test_reasoning_goes_to_standard_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reasoning_goes_to_standard_error(
+    chats: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     reply = "12 + 30 = 42\n</think>\n\n<response>\n42\n</response>\n"
-    monkeypatch.setattr("ernie45.cli._load", lambda options: scripted_model([reply], thinking=True))
-    assert main(["chat", "What is 12 + 30?"]) == 0
-    assert tuple(capsys.readouterr()) == ("42\n", "12 + 30 = 42\n\n")
+    monkeypatch.setattr("ernie45.cli._load", lambda options: scripted_model([reply, reply], thinking=True))
+    type_in(monkeypatch, "What is 12 + 30?", "And again?", "")
+    assert main(["chat"]) == 0
+    assert tuple(capsys.readouterr()) == ("42\n42\n", "12 + 30 = 42\n\n" * 2)
+    assert chats[1][0][1] == {"role": "assistant", "content": "42", "thoughts": "12 + 30 = 42"}
 
 
 def test_a_reader_who_leaves_ends_the_command_quietly() -> None:

@@ -207,6 +207,27 @@ def test_replies_end_with_every_end_token(make_checkpoint: MakeCheckpoint, tmp_p
             assert (completion.token_ids, completion.finish_reason, completion.text) == ((end,), "stop", "")
 
 
+def test_the_end_of_a_thinking_models_turn_ends_replies(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, eos_token_id=2)
+    (folder / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 350}))
+    with open_model(folder) as model:
+        completion = model.generate(IDS, temperature=0, logit_bias={350: 100.0}, max_new_tokens=4)
+        assert (completion.token_ids, completion.finish_reason, completion.text) == ((350,), "stop", "")
+
+
+@pytest.mark.parametrize("adapter", [5, b"x", "", "  "])
+def test_an_adapter_that_names_no_folder_is_a_mistake(small_folder_path: Path, adapter: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="adapter= is"):
+        open_model(small_folder_path, adapter=adapter)
+
+
+@pytest.mark.parametrize("adapter", ["user/my-lora", "~nosuchuser/x", "a\0b"])
+def test_an_adapter_is_not_fetched(small_folder_path: Path, adapter: str) -> None:
+    with pytest.raises(ModelNotFoundError, match="there is no adapter folder") as caught:
+        open_model(small_folder_path, adapter=adapter)
+    assert "not fetched" in caught.value.hint
+
+
 def test_generation_config_sets_what_a_call_leaves_out(
     make_checkpoint: MakeCheckpoint, small_model: ErnieModel, tmp_path: Path
 ) -> None:
@@ -367,6 +388,16 @@ def test_an_adapter_is_merged_while_loading(make_checkpoint: MakeCheckpoint, tmp
     rewrite(folder, lambda tensors: tensors.update({f"{name}.weight": tensors[f"{name}.weight"] + 3.0 * b @ a}))
     assert (adapted - plain).abs().max() > 0.01
     torch.testing.assert_close(adapted, logits_of(folder), atol=1e-5, rtol=0)
+
+
+def test_an_adapter_that_overflows_is_named(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "base")
+    a, b = torch.full((2, 32), 1e20), torch.full((64, 2), 1e20)
+    adapter = write_adapter(tmp_path / "adapter", "model.layers.1.mlp.up_proj", a, b)
+    with pytest.raises(
+        TensorError, match=r"the adapter in .* makes values of 'model\.layers\.1\.mlp\.up_proj\.weight'"
+    ):
+        open_model(folder, adapter=adapter)
 
 
 def test_an_adapter_for_another_model_is_refused_before_a_weight_is_read(

@@ -103,7 +103,6 @@ NEUTRAL = [
     ("attention_bias", False, True),
     ("mlp_bias", False, True),
     ("add_tail_layers", 0, 2),
-    ("quantization_config", None, {"quant_method": "gptq"}),
     ("is_encoder_decoder", False, True),
     ("add_cross_attention", False, True),
     ("moe_gate", "topk", "top2"),
@@ -112,6 +111,24 @@ NEUTRAL = [
     ("moe_use_hard_gate", False, True),
     ("moe_group_experts", False, True),
 ]
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"rope_theta": 500000.0, "rope_parameters": {"rope_type": "default", "rope_theta": 10.0}},
+        {"model_type": "ernie4_5_moe", "moe_num_experts": 8, "num_experts": 4},
+        {"model_type": "ernie4_5_moe", "moe_num_experts": 8, "moe_k": 2, "num_experts_per_tok": 1},
+    ],
+    ids=["rope_theta", "num_experts", "moe_k"],
+)
+def test_two_names_for_one_thing_may_not_disagree(entries: dict[str, Any]) -> None:
+    assert "they name the same thing" in config_error(**entries).hint
+
+
+@pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta"])
+def test_a_number_beyond_floating_point_is_refused(key: str) -> None:
+    assert "too large" in config_error(**{key: 10**400}).hint
 
 
 @pytest.mark.parametrize(("key", "neutral", "other"), NEUTRAL, ids=[key for key, _, _ in NEUTRAL])
@@ -160,7 +177,7 @@ def test_the_experts_of_a_config() -> None:
 def test_what_absent_expert_keys_mean() -> None:
     experts = experts_of(moe_num_shared_experts=None, moe_layer_end_index=None)
     assert (experts.num_shared_experts, experts.first_layer, experts.last_layer, experts.layer_interval) == (0, 0, 2, 1)
-    assert (experts.norm_min, experts.has_correction_bias) == (1e-12, None)
+    assert (experts.norm_min, experts.has_correction_bias) == (1e-12, True)
     assert experts_of(moe_layer_end_index=-1).last_layer == 2
     assert experts_of(moe_layer_end_index=99).last_layer == 2
 
@@ -340,7 +357,7 @@ def test_other_rotary_embeddings_are_refused(parameters: object) -> None:
 
 def test_where_rope_theta_stands() -> None:
     assert parse_spec({**CONFIG, "rope_theta": 10000}).rope_theta == 10000.0
-    both = {"rope_theta": 10000, "rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}}
+    both = {"rope_theta": 20000, "rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}}
     assert parse_spec({**CONFIG, **both}).rope_theta == 20000.0
     assert parse_spec({**CONFIG, "rope_parameters": {"rope_type": "default"}, "rope_theta": 7}).rope_theta == 7.0
 

@@ -104,17 +104,22 @@ def _chat(options: argparse.Namespace) -> int:
 def _answer(model: ErnieModel, history: list[Message], message: str, options: argparse.Namespace) -> None:
     """Stream one answer and add the turn to `history`."""
     turn: Message = {"role": "user", "content": message}
+    thoughts: list[str] = []
     with model.stream_chat([*history, turn], **_sampling(options)) as chunks:
-        text = _show(_show_reasoning(chunks), options.usage)
-    history += [turn, {"role": "assistant", "content": text}]
+        text = _show(_show_reasoning(chunks, thoughts), options.usage)
+    answer: Message = {"role": "assistant", "content": text}
+    if thoughts:
+        answer["thoughts"] = "".join(thoughts)
+    history += [turn, answer]
 
 
-def _show_reasoning(chunks: Iterable[ChatChunk]) -> Iterator[ChatChunk]:
-    """Print what a model thinks to standard error, and pass the chunks on."""
+def _show_reasoning(chunks: Iterable[ChatChunk], thoughts: list[str]) -> Iterator[ChatChunk]:
+    """Print what a model thinks to standard error, add it to `thoughts`, and pass the chunks on."""
     is_thinking = False
     for chunk in chunks:
         if chunk.reasoning:
             is_thinking = True
+            thoughts.append(chunk.reasoning)
             print(chunk.reasoning, end="", file=sys.stderr, flush=True)
         elif is_thinking and (chunk.text or chunk.finish_reason is not None):
             is_thinking = False

@@ -17,13 +17,13 @@ from ernie45.backends.base import Backend
 from ernie45.backends.registry import Architecture, find_architecture
 from ernie45.checkpoint.adapter import AdaptedSource, Adapter, read_adapter
 from ernie45.checkpoint.headers import read_json
-from ernie45.checkpoint.open import open_checkpoint, read_spec
+from ernie45.checkpoint.open import open_checkpoint, read_config
 from ernie45.checkpoint.progress import Advance, byte_progress
 from ernie45.checkpoint.read import TensorReader, TensorSource
 from ernie45.checkpoint.resolve import resolve
 from ernie45.checkpoint.survey import HeaderSurvey
 from ernie45.devices import check_dtype_name, choose_device, choose_dtype, free_bytes
-from ernie45.errors import InvalidRequestError, TokenizerError, UnsupportedError
+from ernie45.errors import InvalidRequestError, ModelNotFoundError, TokenizerError, UnsupportedError
 from ernie45.memory.budget import fit, parse_bytes
 from ernie45.runners.base import Runner
 from ernie45.runners.local import LocalRunner
@@ -72,7 +72,7 @@ def load(
     _check_quantization(quantization)
     check_dtype_name(dtype)
     torch_device = choose_device(device)
-    lora = None if adapter is None else read_adapter(Path(adapter).expanduser())
+    lora = None if adapter is None else read_adapter(_adapter_folder(adapter))
     memory_limit = _memory_limit(memory, torch_device)
     folder = resolve(
         name_or_path,
@@ -110,9 +110,11 @@ def _load_folder(
 ) -> LoadedModel:
     """Everything that can be checked without reading a weight is checked first."""
     started = time.perf_counter()
-    architecture = find_architecture(read_json(folder / "config.json"))
-    checkpoint = open_checkpoint(folder, architecture.parse_spec)
-    spec, index, layout = checkpoint.spec, checkpoint.index, checkpoint.layout
+    config = read_config(folder)
+    architecture = find_architecture(config)
+    spec = architecture.parse_spec(config)
+    checkpoint = open_checkpoint(folder, config, spec)
+    index, layout = checkpoint.index, checkpoint.layout
     defaults = _generation_defaults(folder)
     torch_dtype = choose_dtype(dtype, checkpoint=spec.dtype or index.main_dtype, device=device)
     survey = HeaderSurvey(index, layout)
@@ -202,9 +204,23 @@ def _on_passing_thread(build: Callable[[Advance], Backend], advance: Advance) ->
             raise
 
 
+def _adapter_folder(adapter: str | os.PathLike[str]) -> Path:
+    if not isinstance(adapter, (str, os.PathLike)) or not str(adapter).strip():
+        raise InvalidRequestError(
+            f"adapter= is {adapter!r}, which names no folder", hint="give the folder of an adapter that PEFT saved"
+        )
+    folder = Path(os.path.expanduser(adapter))
+    if "\0" in str(folder) or not folder.is_dir():
+        raise ModelNotFoundError(
+            f"there is no adapter folder {str(folder)!r}",
+            hint="adapters are not fetched: download it, and give its folder",
+        )
+    return folder
+
+
 def _check_config(folder: Path) -> None:
-    config = read_json(folder / "config.json")
-    read_spec(folder, find_architecture(config).parse_spec)
+    config = read_config(folder)
+    find_architecture(config).parse_spec(config)
 
 
 def _check_quantization(quantization: str) -> None:

@@ -46,7 +46,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "moe_norm_gate_logits": (True,),
     "moe_use_hard_gate": (False,),
     "moe_group_experts": (False,),
-    "quantization_config": (None,),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
 }
@@ -64,6 +63,7 @@ _WITHOUT_EFFECT = {
     "moe_z_loss_lambda", "moe_capacity", "moe_reverse_token_drop", "moe_dense_experts_token_type_id",
     "moe_multimodal_dispatch_use_allgather", "moe_all_to_all_dropout", "moe_group", "moe_use_size_all2all",
     "sinkhorn_2gate", "sinkhorn_temp", "output_router_logits", "router_aux_loss_coef",
+    "quantization_config",  # opening a checkpoint refuses one that says anything
 }  # fmt: skip
 
 # Far above any model; what asks for more is refused before something is built by it.
@@ -80,7 +80,7 @@ class ExpertSpec:
     Layer i has them if `first_layer` <= i <= `last_layer` and (i + 1) is a multiple of `layer_interval`; the others
     have a dense MLP. `intermediate_size` is one expert's width. The shared experts are one MLP of
     `num_shared_experts` times that width, and `norm_min` is the least sum that the chosen probabilities are divided
-    by. `has_correction_bias` is the config's word on the tensor that corrects the selection, None if it says nothing.
+    by. `has_correction_bias`: a tensor corrects the selection, unless the config says that there is none.
     """
 
     num_experts: int
@@ -91,7 +91,7 @@ class ExpertSpec:
     last_layer: int
     layer_interval: int
     norm_min: float
-    has_correction_bias: bool | None
+    has_correction_bias: bool
 
     def __post_init__(self) -> None:
         if self.experts_per_token > self.num_experts:
@@ -204,11 +204,11 @@ def parse_spec(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def _experts(config: Mapping[str, Any]) -> ExpertSpec | None:
-    """The expert fields; defaults are transformers' (`Ernie4_5_MoeConfig`), where the published files are silent."""
-    num_experts_key = "num_experts" if "num_experts" in config else "moe_num_experts"
-    if num_experts_key not in config:
+    """The expert fields. Where tensors would show a wrong default (first layer, shared experts), absent means none."""
+    if "moe_num_experts" not in config and "num_experts" not in config:
         raise _missing("moe_num_experts")
-    if not config[num_experts_key]:  # null or 0
+    num_experts = _alias(config, "moe_num_experts", "num_experts")
+    if not num_experts:  # null or 0
         return None
     num_layers = _positive_int(config, "num_hidden_layers")
     last_layer = config.get("moe_layer_end_index", -1)
@@ -219,15 +219,16 @@ def _experts(config: Mapping[str, Any]) -> ExpertSpec | None:
             f"config.json: moe_layer_end_index is {last_layer!r}", hint="it must be a layer's index, or -1 for the last"
         )
     return ExpertSpec(
-        num_experts=_positive_int(config, num_experts_key),
-        experts_per_token=_positive_int(config, "moe_k" if "moe_k" in config else "num_experts_per_tok"),
+        num_experts=_positive_int({"moe_num_experts": num_experts}, "moe_num_experts"),
+        experts_per_token=_positive_int({"moe_k": _alias(config, "moe_k", "num_experts_per_tok")}, "moe_k"),
         intermediate_size=_positive_int(config, "moe_intermediate_size"),
         num_shared_experts=_count(config, "moe_num_shared_experts"),
         first_layer=_count(config, "moe_layer_start_index"),
         last_layer=min(last_layer, num_layers - 1),
         layer_interval=_positive_int(config, "moe_layer_interval", default=1),
         norm_min=_positive_float(config, "moe_norm_min", default=1e-12),
-        has_correction_bias=_bool(config, "moe_use_aux_free"),
+        # Silence means that there is one: a conversion that lost it would still answer fluently, and wrong.
+        has_correction_bias=_bool(config, "moe_use_aux_free") is not False,
     )
 
 
@@ -298,7 +299,9 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
             f"config.json: rope_parameters {dict(parameters)!r} ask for something else than plain rotary embeddings",
             hint="ernie45 computes rope_type 'default' with rope_theta alone",
         )
-    return _positive_float(parameters if "rope_theta" in parameters else config, "rope_theta")
+    inner = "rope_parameters.rope_theta"
+    both = {"rope_theta": config.get("rope_theta"), inner: parameters.get("rope_theta")}
+    return _positive_float({"rope_theta": _alias(both, "rope_theta", inner)}, "rope_theta")
 
 
 def _dtype(config: Mapping[str, Any]) -> DtypeName | None:
@@ -309,6 +312,17 @@ def _dtype(config: Mapping[str, Any]) -> DtypeName | None:
         if name == known:
             return known
     raise ConfigError(f"config.json: dtype {name!r} is unknown", hint=f"known are {', '.join(DTYPE_NAMES)}")
+
+
+def _alias(config: Mapping[str, Any], key: str, other: str) -> object:
+    """The value that stands under one of two keys, or under both; None where it is absent or null in both."""
+    values = [config[name] for name in (key, other) if config.get(name) is not None]
+    if len(values) == 2 and values[0] != values[1]:
+        raise ConfigError(
+            f"config.json: {key} is {values[0]!r}, but {other} is {values[1]!r}",
+            hint="they name the same thing: keep the one that the weights were trained with",
+        )
+    return values[0] if values else None
 
 
 def _missing(key: str) -> ConfigError:
@@ -337,8 +351,11 @@ def _count(config: Mapping[str, Any], key: str) -> int:
 def _number(config: Mapping[str, Any], key: str) -> float:
     value = config[key]
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"{key} is {value!r} in the checkpoint's config", hint="it must be a number")
-    return float(value)
+        raise ConfigError(f"{key} is {value!r:.100} in the checkpoint's config", hint="it must be a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ConfigError(f"{key} is {value!r:.100}… in the checkpoint's config", hint="it is too large") from None
 
 
 def _positive_float(config: Mapping[str, Any], key: str, *, default: float | None = None) -> float:

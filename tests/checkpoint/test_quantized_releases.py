@@ -109,6 +109,8 @@ def test_quantised_configs_are_refused(config: dict[str, Any], texts: tuple[str,
         {},
         {"quantization_config": None},
         {"quantization_config": {}},
+        {"quantization_config": False},
+        {"quantization_config": {"is_quantized": False, "quantization": "", "weight_quantize_algo": None}},
         {"is_quantized": False, "is_moe_quantized": False, "dense_quant_type": ""},
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 
 from ernie45 import ErnieModel, SamplingOptions
+from ernie45.errors import TensorError
 
 VOCAB_SIZE = 120
 NUM_NEW_TOKENS = 16
@@ -128,10 +130,20 @@ def test_without_the_correction_other_experts_answer(tmp_path: Path) -> None:
 
     zeroed = {**stored, **{name: torch.zeros_like(stored[name]) for name in corrections}}
     without = {name: values for name, values in stored.items() if name not in corrections}
+    config = json.loads((tmp_path / "config.json").read_text())
     answers = []
-    for tensors in (zeroed, without):
+    for tensors, says in ((zeroed, {}), (without, {"moe_use_aux_free": False})):
         save_file(tensors, file)
+        (tmp_path / "config.json").write_text(json.dumps({**config, **says}))
         with ErnieModel.from_pretrained(tmp_path, dtype="float32", device="cpu", progress=False) as model:
             answers.append(model.logits(ids))
     assert torch.equal(answers[0], answers[1])
     assert (answers[0] - expected).abs().max() > 0.1
+
+
+def test_corrections_that_a_conversion_lost_are_missed(tmp_path: Path) -> None:
+    random_reference(1).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({name: values for name, values in load_file(file).items() if "e_score" not in name}, file)
+    with pytest.raises(TensorError, match="e_score_correction_bias"):
+        ErnieModel.from_pretrained(tmp_path, progress=False)

@@ -114,7 +114,7 @@ BROKEN_FOLDERS: list[tuple[str, Callable[[Path], None], type[ErnieError], tuple[
     ("truncated header", cut_header, CorruptFileError, (SHARD, "50")),
     ("empty shard", empty_shard, CorruptFileError, (SHARD,)),
     ("wrong shape", reshape, TensorError, ("shape", "needs")),
-    ("integer weights", integers, TensorError, ("I8",)),
+    ("integer weights", integers, UnsupportedError, ("I8", "quantised")),
     ("shapes of another config", entry("hidden_size", 48), TensorError, ("[384, 32]", "[384, 48]")),
     ("more layers than stored", entry("num_hidden_layers", 3), TensorError, ("model.layers.2.",)),
     ("fewer layers than stored", entry("num_hidden_layers", 1), TensorError, ("model.layers.1.",)),

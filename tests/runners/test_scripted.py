@@ -43,13 +43,13 @@ def test_a_reply_is_cut_at_max_new_tokens() -> None:
 
 @pytest.mark.parametrize(
     ("max_tokens", "token_ids"),
-    [(0, [3, 9, 3, 7, 8]), (1, [5, 3, 9, 3, 7, 8]), (2, [5, 6, 9, 7, 8]), (3, [5, 6, 9, 7, 8])],
+    [(0, [3, 9, 3, 7, 8]), (1, [5, 3, 9, 3, 7, 8]), (2, [5, 6, 3, 9, 3, 7, 8]), (3, [5, 6, 9, 7, 8])],
 )
 def test_reasoning_is_cut_at_its_limit(max_tokens: int, token_ids: list[int]) -> None:
     limit = ThinkingLimit(max_tokens=max_tokens, end_token_id=9, closing_ids=(3, 9, 3))
     asked = TokenRequest(token_ids=(1,), max_new_tokens=10, thinking_limit=limit)
     assert read(ScriptedRunner([[5, 6, 9, 7, 8]]).submit(asked)) == (token_ids, "stop")
-    assert read(ScriptedRunner([[5, 6]]).submit(asked))[0] == ([5, 6] if max_tokens > 1 else token_ids[:-2])
+    assert read(ScriptedRunner([[5, 6]]).submit(asked))[0] == ([5, 6] if max_tokens > 2 else token_ids[:-2])
 
 
 def test_cancelling_ends_a_reply() -> None:

@@ -31,6 +31,8 @@ REPLIES = [
     ("a\n</think>\n\nSay <response> and </response>", "Say <response> and </response>", "a"),
     ("a\n</think>\n\nthat was </think>", "that was </think>", "a"),
     ("a <b> </b>\n</thin k>\n</think>\n\n<respond>", "<respond>", "a <b> </b>\n</thin k>"),
+    ("a</think> \r\n<response>\nb\n</response>\n", "b", "a"),
+    (" <think>a</think>  b", "  b", "a"),
     ("cut off while thinking\n", "", "cut off while thinking"),
     ("cut off in the tag\n</thi", "", "cut off in the tag\n</thi"),
     ("a\n</think>\n\n<response>\ncut off\n", "cut off", "a"),
@@ -72,10 +74,10 @@ TEXTS = st.lists(SNIPPETS, max_size=14).map("".join)
 
 def in_one_look(reply: str) -> tuple[str, str]:
     """The grammar once more, on the whole reply."""
-    reasoning, ended, rest = re.sub(r"\A\n*<think>", "", reply).partition("</think>")
+    reasoning, ended, rest = re.sub(r"\A[ \r\n]*<think>", "", reply).partition("</think>")
     if not ended:
         return "", reasoning.strip("\n")
-    opening = re.match(r"\n*<response>", rest)
+    opening = re.match(r"[ \r\n]*<response>", rest)
     if not opening:
         return rest.strip("\n"), reasoning.strip("\n")
     inside, _, after = rest[opening.end() :].partition("</response>")
@@ -92,7 +94,7 @@ def test_any_text_in_any_pieces(reply: str, places: list[int]) -> None:
 @given(reply=TEXTS)
 def test_nothing_is_held_back_that_is_sure(reply: str) -> None:
     last = reply.rfind("<")
-    if reply.endswith("\n") or (last >= 0 and any(tag.startswith(reply[last:]) for tag in MARKERS)):
+    if reply.endswith((" ", "\n")) or (last >= 0 and any(tag.startswith(reply[last:]) for tag in MARKERS)):
         return
     assert ReplyParser().push(reply) == in_one_look(reply)
     parser = ReplyParser()

@@ -46,8 +46,6 @@ class _Builder:
         # Weights that get packed are read into one buffer, over and over: a fresh one each time would leave holes in
         # the heap, a tenth of the model in all.
         self._staging = self.empty((0,)) if packs(dtype, device) else None
-        # Where the config is silent, the first layer with experts decides for all: a lost correction then shows.
-        self._has_correction = spec.experts.has_correction_bias if spec.experts is not None else None
 
     def decoder(self, context_tokens: int) -> Decoder:
         spec = self.spec
@@ -123,9 +121,7 @@ class _Builder:
         self.source.read_into(weight, {prefix + "gate.weight": experts.num_experts})
         correction = None
         name = prefix + "moe_statics.e_score_correction_bias"
-        if self._has_correction is None:
-            self._has_correction = name in self.source
-        if self._has_correction:
+        if experts.has_correction_bias:
             correction = self.empty((1, experts.num_experts), torch.float32)
             self.source.read_into(correction, {name: 1})
         return Router(

@@ -25,6 +25,7 @@ from ernie45.errors import CheckpointError, TensorError, UnsupportedError
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
 _BLOCK_VALUES = 4 << 20
+_MAX_KEY_CHARS = 200
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _FUSED_EXPERTS = re.compile(r"(?P<experts>.+\.mlp\.experts)(?P<inner>\.base_layer)?")
 _PADDLE_NAME = re.compile(r"(^|\.)(ernie|qkv_proj|up_gate_proj)(\.|$)")
@@ -102,6 +103,11 @@ class Adapter:
         step = max(1, _BLOCK_VALUES // weight.shape[1])
         for block, factor in zip(weight.split(step), b.split(step), strict=True):
             block.copy_(torch.addmm(block.float(), factor, a, alpha=delta.factors.scale))
+            if not block.isfinite().all():
+                raise TensorError(
+                    f"the adapter in {self.folder} makes values of {name!r} that are not finite as {weight.dtype}",
+                    hint="its training diverged, or dtype='bfloat16' or 'float32' is needed for its size",
+                )
 
     def _read_pair(self, factors: _Factors) -> tuple[Tensor, Tensor]:
         pair = []
@@ -208,10 +214,10 @@ def _pairs(index: CheckpointIndex) -> dict[str, tuple[TensorInfo, TensorInfo]]:
                 f"the adapter in {index.folder} was trained on Paddle weights: {key}",
                 hint="merge it with the tool that trained it, and load the merged checkpoint",
             )
-        match = _KEY.fullmatch(key)
+        match = _KEY.fullmatch(key) if len(key) <= _MAX_KEY_CHARS else None
         if match is None:
             raise UnsupportedError(
-                f"the adapter in {index.folder} holds {key!r}, which is no factor of a plain LoRA", hint=MERGE_HINT
+                f"the adapter in {index.folder} holds {key!r:.200}, which is no factor of a plain LoRA", hint=MERGE_HINT
             )
         if not TORCH_DTYPES[info.dtype].is_floating_point or len(info.shape) != 2:
             raise TensorError(

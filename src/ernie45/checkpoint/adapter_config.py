@@ -77,6 +77,11 @@ def read_lora_settings(folder: Path) -> LoraSettings:
             f"{folder} holds a lora_config.json, as Paddle's tools write it, and no {CONFIG_FILE}",
             hint="merge it with the tool that trained it, and load the merged checkpoint",
         )
+    if not (folder / CONFIG_FILE).is_file():
+        raise ConfigError(
+            f"{folder} has no {CONFIG_FILE}",
+            hint="adapter= takes the folder that PEFT saved; fetch one from the Hub first",
+        )
     config = read_json(folder / CONFIG_FILE)
     if config.get("peft_type") != "LORA":
         raise UnsupportedError(
@@ -108,9 +113,13 @@ def read_lora_settings(folder: Path) -> LoraSettings:
 def _by_pattern(pattern: Mapping[str, Value], name: str, default: Value) -> Value:
     """The value of the first expression that matches the end of `name` from a dot on, as PEFT looks it up."""
     for expression, value in pattern.items():
-        if re.match(rf"(.*\.)?({expression})$", name):
+        if re.match(_from_a_dot(expression), name):
             return value
     return default
+
+
+def _from_a_dot(expression: str) -> str:
+    return rf"(.*\.)?({expression})$"
 
 
 def _not_plain(key: str, value: object) -> UnsupportedError:
@@ -163,7 +172,7 @@ def _pattern(config: Mapping[str, Any], key: str) -> list[tuple[str, object]]:
             wanted = f"simpler: no repeated group, at most {_MAX_CHOICES} groups and repeats"
             raise _malformed(f"a name in {key}", expression, wanted)
         try:
-            re.compile(expression)
+            re.compile(_from_a_dot(expression))
         except (re.error, OverflowError) as error:
             raise _malformed(f"a name in {key}", expression, f"a regular expression ({error})") from error
     return list(value.items())

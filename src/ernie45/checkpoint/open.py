@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -38,8 +38,15 @@ class Checkpoint:
         return (*self.duplicates, *(_ignored(key, self.layout) for key in unread))
 
 
-def open_checkpoint(folder: Path, parse_spec: Callable[[Mapping[str, Any]], ModelSpec]) -> Checkpoint:
-    """Read config.json and the headers of a checkpoint folder and tell its layout.
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """Read config.json. Raises ConfigError, or UnsupportedError when it says that the weights are quantised."""
+    config = read_json(folder / "config.json")
+    refuse_by_config(config, folder.name)
+    return config
+
+
+def open_checkpoint(folder: Path, config: Mapping[str, Any], spec: ModelSpec) -> Checkpoint:
+    """Read the headers of a checkpoint folder, whose config.json gave `config` and `spec`, and tell its layout.
 
     A stored output head that equals the embedding bit for bit, as Paddle's tied files have it, is left out unless the
     config says that they are two.
@@ -48,8 +55,6 @@ def open_checkpoint(folder: Path, parse_spec: Callable[[Mapping[str, Any]], Mode
         CheckpointError: or one of its kinds: no folder of weights, a damaged file, an unclear layout.
         UnsupportedError: the weights are quantised.
     """
-    config = read_json(folder / "config.json")
-    spec = read_spec(folder, parse_spec)
     index = read_headers(folder)
     refuse_by_tensors(index)
     layout = detect_layout(index, config, spec)
@@ -64,13 +69,6 @@ def open_checkpoint(folder: Path, parse_spec: Callable[[Mapping[str, Any]], Mode
         layout=layout,
         duplicates=(IgnoredTensor(name=_HEAD, reason=f"equal to {embedding.name}, which serves as the head"),),
     )
-
-
-def read_spec(folder: Path, parse_spec: Callable[[Mapping[str, Any]], ModelSpec]) -> ModelSpec:
-    """Read config.json alone, as `open_checkpoint` does first. Raises ConfigError or UnsupportedError."""
-    config = read_json(folder / "config.json")
-    refuse_by_config(config, folder.name)
-    return parse_spec(config)
 
 
 def _ignored(key: str, layout: Layout) -> IgnoredTensor:

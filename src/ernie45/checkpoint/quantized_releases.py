@@ -110,7 +110,7 @@ def refuse_by_config(config: Mapping[str, Any], name: str) -> None:
     said = {key: value for key, value in said.items() if value}
     if said:
         raise _refusal(name, _kind_of_config(said), f"config.json: {_listing(said)}")
-    if quantization:
+    if any(nested.values()) or (quantization and not nested):
         raise _refusal(name, _UNKNOWN, f"config.json: quantization_config {quantization!r:.200}")
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ernie45.backends.registry import find_architecture
-from ernie45.checkpoint.headers import INDEX_FILE, CheckpointIndex, read_json
-from ernie45.checkpoint.open import Checkpoint, open_checkpoint, read_spec
+from ernie45.checkpoint.headers import INDEX_FILE, CheckpointIndex
+from ernie45.checkpoint.open import Checkpoint, open_checkpoint, read_config
 from ernie45.checkpoint.survey import HeaderSurvey
 from ernie45.checkpoint.write import Shard, index_json, plan_shards, plan_units
 from ernie45.commands.transformers_config import check_transformers_holds, transformers_config
@@ -68,7 +68,8 @@ class ConversionPlan:
 
 def check_config(folder: Path) -> None:
     """Refuse by config.json alone, before weights are fetched. Raises ConfigError or UnsupportedError."""
-    read_spec(folder, find_architecture(read_json(folder / "config.json")).parse_spec)
+    config = read_config(folder)
+    find_architecture(config).parse_spec(config)
 
 
 def plan_conversion(folder: Path, *, max_shard_bytes: int) -> ConversionPlan:
@@ -78,9 +79,9 @@ def plan_conversion(folder: Path, *, max_shard_bytes: int) -> ConversionPlan:
         CheckpointError: or one of its kinds: what loading would refuse.
         UnsupportedError: transformers could not hold it.
     """
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     architecture = find_architecture(config)
-    checkpoint = open_checkpoint(folder, architecture.parse_spec)
+    checkpoint = open_checkpoint(folder, config, architecture.parse_spec(config))
     spec, index, layout = checkpoint.spec, checkpoint.index, checkpoint.layout
     survey = HeaderSurvey(index, layout)
     architecture.build(spec, survey, dtype=torch.bfloat16, device=torch.device("meta"), context_tokens=1)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ernie45.backends.registry import find_architecture
 from ernie45.checkpoint.headers import CheckpointIndex, read_headers, read_json
-from ernie45.checkpoint.open import Checkpoint, open_checkpoint
+from ernie45.checkpoint.open import Checkpoint, open_checkpoint, read_config
 from ernie45.checkpoint.resolve import resolve
 from ernie45.checkpoint.survey import HeaderSurvey
 from ernie45.commands.comparison import compare_with_transformers
@@ -141,7 +141,8 @@ def _words(error: ErnieError) -> str:
 
 
 def _open(folder: Path) -> Checkpoint:
-    return open_checkpoint(folder, find_architecture(read_json(folder / "config.json")).parse_spec)
+    config = read_config(folder)
+    return open_checkpoint(folder, config, find_architecture(config).parse_spec(config))
 
 
 def _account(checkpoint: Checkpoint, problems: list[str]) -> _Keys:

@@ -75,7 +75,7 @@ class _ScriptedHandle:
 
 def _with_limited_thinking(reply: tuple[int, ...], limit: ThinkingLimit) -> tuple[int, ...]:
     end = reply.index(limit.end_token_id) if limit.end_token_id in reply else len(reply)
-    if end <= limit.max_tokens:
+    if end < limit.max_tokens:
         return reply
     return (*reply[: limit.max_tokens], *limit.closing_ids, *reply[end + 1 :])
 

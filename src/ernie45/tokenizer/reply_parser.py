@@ -60,12 +60,12 @@ class ReplyParser:
         return TextDelta(text, reasoning)
 
     def _skip_tag(self, tag: str, final: bool) -> bool | None:
-        """Whether `tag` stands here, after newlines, and now is skipped; None while that is open."""
-        self._held = self._held.lstrip("\n")
-        if self._held.startswith(tag):
-            self._held = self._held.removeprefix(tag)
+        """Whether `tag` stands here, after white space, and now is skipped; None while that is open."""
+        bare = self._held.lstrip(" \r\n")
+        if bare.startswith(tag):
+            self._held = bare.removeprefix(tag)
             return True
-        return None if not final and tag.startswith(self._held) else False
+        return None if not final and tag.startswith(bare) else False
 
     def _take_until(self, tag: str, final: bool) -> tuple[str, bool]:
         """What surely belongs to the part that `tag` ends ("": nothing ends it), and whether it has ended."""

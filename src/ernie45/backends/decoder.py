@@ -97,7 +97,7 @@ class ExpertMLP:
         routed = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for expert, tokens, places in _hits(chosen):
             out = self.experts[expert](x[tokens])
-            routed[tokens] += out * shares[tokens, places, None]
+            routed.index_add_(0, tokens, out * shares[tokens, places, None])
         out = routed.to(x.dtype)
         return out if self.shared is None else out + self.shared(x)
 

@@ -12,7 +12,7 @@ with ErnieModel.from_pretrained("ernie45/tiny-moe") as model:
         print(f"({chunk.reasoning})" if chunk.reasoning else chunk.text, end="", flush=True)
 
     # reply.message holds the reasoning too; the template leaves it out once there is a new question.
-    history = [question, reply.message, {"role": "user", "content": "What is 5 + 6 + 7?"}]
+    history = [question, reply.message, {"role": "user", "content": "What is 25 + 14 + 7?"}]
     print(f"\nnext prompt: {len(model.render(history))} tokens, next answer: {model.chat(history, temperature=0).text}")
 
     hasty = model.chat([question], thinking_budget=4, temperature=0)

@@ -27,7 +27,7 @@ EXPECTED = {
     "thinking.py": [
         "reasoning: 12 + 30 = 42, 42 + 9 = 51\nanswer: 51\n",
         ")51\n",
-        "next answer: 18\n",
+        "next answer: 46\n",
         "after 4 tokens of reasoning (",
     ],
 }

@@ -15,7 +15,7 @@ from ernie45.testing import Task, task_names, tasks
 
 SEED = 20260
 ITEMS_PER_TASK = 100
-ITEMS_ASKED_SINGLY = 25
+ITEMS_ASKED_SINGLY = 10
 MAX_BYTES = {"ernie45/tiny-dense": 6_000_000, "ernie45/tiny-moe": 12_000_000}
 # Of all items, and of the weakest task's.
 LEAST_SHARES = {"ernie45/tiny-dense": (0.95, 0.90), "ernie45/tiny-moe": (0.93, 0.88)}

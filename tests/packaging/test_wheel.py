@@ -33,7 +33,9 @@ def clean_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return python
 
 
-@pytest.mark.parametrize("name", ["py.typed", "assets/tiny/tiny-dense/model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["py.typed", "assets/tiny/tiny-dense/model.safetensors", "assets/tiny/tiny-moe/model.safetensors"]
+)
 def test_wheel_contains(wheel: Path, name: str) -> None:
     assert f"ernie45/{name}" in zipfile.ZipFile(wheel).namelist()
 

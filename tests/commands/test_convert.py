@@ -281,7 +281,7 @@ def test_what_loading_refuses_is_refused(make_checkpoint: MakeCheckpoint, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="forks and kills")
+@pytest.mark.skipif(sys.platform != "linux", reason="forks and kills as Linux does; not tried elsewhere")
 def test_killed_and_resumed_gives_the_bytes_of_an_uninterrupted_run(shared_fixtures: Path, tmp_path: Path) -> None:
     """Ten random points, again and again on one folder, and before every rename, deletion and flush."""
     script = Path(__file__).with_name("killed_convert.py")

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class ReadTensor:
     """A stored tensor that was read: its name in the files, and the -PT names of what it holds.
 
-    `transposed`: the file has [in, out]. `fused`: it became part of a larger matrix in memory, as query, key and value
-    do. A tensor with several `names` was split, unless it was wanted fused in the same order.
+    `transposed`: the file has [in, out]. A tensor with several `names` was split into these. `fused`: what it holds is
+    part of a larger matrix in memory, as query, key and value are.
     """
 
     key: str

@@ -33,6 +33,7 @@ def demo(session: nox.Session) -> None:
     python = prepare_torch_venv(session)
     session.run(python, "examples/quickstart.py", *session.posargs)
     session.run(python, "examples/thinking.py")
+    session.run(python, "examples/pictures.py")
 
 
 @nox.session

@@ -1,4 +1,4 @@
-"""Write a checkpoint folder with the shape of a published text model and random weights: for speed, not for answers.
+"""Write a checkpoint folder with the shape of a published model and random weights: for speed, not for answers.
 
 python -m benchmarks.make_checkpoint FOLDER [--model ERNIE-4.5-0.3B-PT] [--layers N]
 """
@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ernie45 import catalogue
-from ernie45.spec import ExpertSpec, ModelSpec, parse_spec
+from ernie45.backends.registry import find_architecture
+from ernie45.commands.transformers_config import transformers_config
+from ernie45.spec import ModelSpec, parse_spec
 
 WEIGHT_STD = 0.02
 SEED = 0
+_LAYER_PREFIXES = ("model.layers.", "vision_model.blocks.")
 
 
 def make_checkpoint(folder: Path, config: dict[str, Any]) -> int:
@@ -30,8 +34,9 @@ def make_checkpoint(folder: Path, config: dict[str, Any]) -> int:
     generator = torch.Generator().manual_seed(SEED)
     weight_map: dict[str, str] = {}
     num_bytes = 0
-    for number, part in enumerate(_shards(spec)):
-        tensors = {name: _values(name, shape, generator) for name, shape in part}
+    shapes = _shapes(config, spec)
+    for number, (_, names) in enumerate(groupby(shapes, key=_shard_of)):
+        tensors = {name: _values(name, shapes[name], generator, spec) for name in names}
         file_name = f"model-{number:05}.safetensors"
         save_file(tensors, folder / file_name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file_name)
@@ -41,65 +46,61 @@ def make_checkpoint(folder: Path, config: dict[str, Any]) -> int:
     return num_bytes
 
 
-def _shards(spec: ModelSpec) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
-    table = (spec.vocab_size, spec.hidden_size)
-    head = [] if spec.tied else [("lm_head.weight", table)]
-    yield [("model.embed_tokens.weight", table), ("model.norm.weight", (spec.hidden_size,)), *head]
-    for layer in range(spec.num_layers):
-        yield list(_layer(spec, layer))
+def _shapes(config: Mapping[str, Any], spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Every tensor a build asks for, by name, in torch's orientation."""
+    source = _Recorder()
+    find_architecture(config).build(spec, source, dtype=torch.bfloat16, device=torch.device("meta"), context_tokens=1)
+    return source.shapes
 
 
-def _layer(spec: ModelSpec, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    prefix = f"model.layers.{layer}."
-    hidden, query, kv = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    yield prefix + "input_layernorm.weight", (hidden,)
-    yield prefix + "post_attention_layernorm.weight", (hidden,)
-    for name, shape in {"q": (query, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, query)}.items():
-        yield f"{prefix}self_attn.{name}_proj.weight", shape
-    if spec.experts is None or not spec.experts.in_layer(layer):
-        yield from _mlp(prefix + "mlp.", hidden, spec.intermediate_size)
-    else:
-        yield from _expert_mlp(prefix + "mlp.", hidden, spec.experts)
+@final
+class _Recorder:
+    """A source of tensors that has none, and notes what is asked for."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def __contains__(self, name: object) -> bool:
+        return False
+
+    def read_into(self, out: Tensor, parts: Mapping[str, int]) -> None:
+        self.shapes |= {name: (num_rows, *out.shape[1:]) for name, num_rows in parts.items()}
 
 
-def _expert_mlp(prefix: str, hidden: int, experts: ExpertSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield prefix + "gate.weight", (experts.num_experts, hidden)
-    yield prefix + "moe_statics.e_score_correction_bias", (1, experts.num_experts)
-    for number in range(experts.num_experts):
-        yield from _mlp(f"{prefix}experts.{number}.", hidden, experts.intermediate_size)
-    if experts.num_shared_experts:
-        yield from _mlp(prefix + "shared_experts.", hidden, experts.num_shared_experts * experts.intermediate_size)
+def _shard_of(name: str) -> str:
+    """A shard for each layer, so that no more than one is in memory; what is in none goes with its neighbours."""
+    for prefix in _LAYER_PREFIXES:
+        if name.startswith(prefix):
+            return prefix + name.removeprefix(prefix).partition(".")[0]
+    return ""
 
 
-def _mlp(prefix: str, hidden: int, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield prefix + "gate_proj.weight", (width, hidden)
-    yield prefix + "up_proj.weight", (width, hidden)
-    yield prefix + "down_proj.weight", (hidden, width)
-
-
-def _values(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _values(name: str, shape: tuple[int, ...], generator: torch.Generator, spec: ModelSpec) -> Tensor:
     if name.endswith("e_score_correction_bias"):
         return torch.zeros(shape)
     if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.bfloat16)
+        is_bias = name.endswith(".bias")
+        return (torch.zeros if is_bias else torch.ones)(shape, dtype=torch.bfloat16)
     values = torch.randn(shape, generator=generator) * WEIGHT_STD
-    return values if name.endswith("mlp.gate.weight") else values.bfloat16()
+    if ".mlp.gate.weight" not in name:
+        return values.bfloat16()
+    return values if spec.vision is None else values.T.contiguous()  # the routers of these lie the other way round
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to write it")
-    parser.add_argument("--model", default="ERNIE-4.5-0.3B-PT", help="a text model's name in the catalogue")
+    parser.add_argument("--model", default="ERNIE-4.5-0.3B-PT", help="a model's name in the catalogue")
     parser.add_argument("--layers", type=int, help="fewer than the model has: a cut that fits")
     options = parser.parse_args()
     entry = catalogue.find(options.model)
     if entry is None:
         parser.error(f"no model {options.model!r}. {catalogue.did_you_mean(options.model)}")
-    config = {**entry.config, "torch_dtype": "bfloat16"}
-    if options.layers:
-        config["num_hidden_layers"] = options.layers
+    layers = {"num_hidden_layers": options.layers} if options.layers else {}
+    spec = parse_spec({**entry.config, **layers})
+    config = transformers_config(spec, tied=spec.tied is not False, dtype="bfloat16", pad_token_id=0, media_ids={})
     weight_bytes = make_checkpoint(options.folder, config)
-    print(f"{options.folder}: {config['num_hidden_layers']} layers, {weight_bytes / 1e6:,.0f} MB")
+    print(f"{options.folder}: {spec.num_layers} layers, {weight_bytes / 1e6:,.0f} MB")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ _SIGNS: dict[FileLayout, dict[str, str]] = {
 }
 _FUSED_LATER = (".k_proj.", ".v_proj.", ".up_proj.")
 _TRANSPOSED = (".o_proj.weight", ".down_proj.weight", ".mlp.gate.weight")
+_STAYS_F32 = (".mlp.gate.weight", ".mlp.gate.weight_1", ".e_score_correction_bias")
 
 
 def random_pt(config: Mapping[str, Any], *, expert_biases: bool = False, mtp: bool = False) -> dict[str, Array]:
@@ -191,7 +192,7 @@ def write_file(path: Path, stored: Mapping[str, Array], dtype: FloatDtype) -> No
     header: dict[str, Any] = {"__metadata__": {"format": "np"}}
     data = b""
     for name, values in stored.items():
-        stays_f32 = dtype == "F32" or name.endswith((".mlp.gate.weight", ".e_score_correction_bias"))
+        stays_f32 = dtype == "F32" or name.endswith(_STAYS_F32)
         content = values.tobytes() if stays_f32 else _bf16_bits(values).tobytes()  # tobytes() is row-major
         header[name] = {
             "dtype": "F32" if stays_f32 else dtype,

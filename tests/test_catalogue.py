@@ -17,7 +17,6 @@ from ernie45.catalogue import (
     find,
     list_models,
     suggest,
-    text_config,
 )
 from ernie45.checkpoint.headers import read_headers
 from ernie45.families import FAMILIES
@@ -39,7 +38,7 @@ QUANTISED = {
     "ERNIE-4.5-300B-A47B-2Bits-TP2-Paddle": "2-bit",
     "ERNIE-4.5-300B-A47B-2Bits-TP4-Paddle": "2-bit",
 }
-BUILT_IN = ["ernie45/tiny-dense", "ernie45/tiny-moe"]
+BUILT_IN = ["ernie45/tiny-dense", "ernie45/tiny-moe", "ernie45/tiny-vl"]
 
 
 def entry(name: str) -> ModelInfo:
@@ -70,7 +69,7 @@ def test_an_entry_says_what_its_name_says(info: ModelInfo) -> None:
     assert info.built_in == (info.name in BUILT_IN)
     assert info.format == ("paddle" if name.endswith("-Paddle") else "torch")
     assert info.precision == QUANTISED.get(name, "bf16")
-    assert (info.modality == "vision-language") == ("-VL-" in name)
+    assert (info.modality == "vision-language") == (info.spec.vision is not None) == ("-vl" in name.lower())
     assert info.family in name
     if not info.built_in:
         kind = "base" if "-Base-" in name else "thinking" if name in THINKING else "instruct"
@@ -116,7 +115,7 @@ def test_unknown_generation_defaults_are_not_guessed() -> None:
 @pytest.mark.parametrize("info", CATALOGUE, ids=lambda info: info.short_name)
 def test_the_config_is_read_like_a_published_one(info: ModelInfo) -> None:
     assert json.loads(json.dumps(info.config)) == info.config
-    assert info.spec == parse_spec(text_config(info.config))
+    assert info.spec == parse_spec(info.config)
     assert info.spec.unknown_keys == ()
     assert all(parameter.source for parameter in info.hyper_parameters)
 
@@ -146,12 +145,12 @@ def test_the_shape_of_03b_is_the_published_one(shared_data: Path) -> None:
     assert entry("ERNIE-4.5-0.3B-PT").spec == parse_spec(published)
 
 
-def test_the_text_trunk_of_a_vision_language_model_takes_the_first_of_each_pair() -> None:
-    experts = entry("ERNIE-4.5-VL-28B-A3B-PT").spec.experts
-    assert experts is not None
-    assert experts == entry("ERNIE-4.5-21B-A3B-PT").spec.experts
-    config = entry("ERNIE-4.5-21B-A3B-PT").config
-    assert text_config(config) == config
+def test_a_vision_language_model_has_a_trunk_and_what_pictures_need() -> None:
+    spec = entry("ERNIE-4.5-VL-28B-A3B-PT").spec
+    assert spec.experts == entry("ERNIE-4.5-21B-A3B-PT").spec.experts
+    assert spec.vision is not None
+    assert (spec.vision.num_layers, spec.vision.hidden_size, spec.vision.intermediate_size) == (32, 1280, 5120)
+    assert (spec.vision.experts.num_experts, spec.vision.experts.intermediate_size) == (64, 512)
 
 
 def test_an_entry_is_a_plain_value() -> None:

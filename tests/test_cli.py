@@ -110,6 +110,8 @@ def test_usage_in_words() -> None:
         (["generate", "hi", "--dtype", "float64"], "float64"),
         (["generate", ""], "empty"),
         (["chat", "hi", "--max-new-tokens", "100000"], "100000"),
+        (["chat", "hi", "--image", "cat.png"], "reads text only"),
+        (["chat", "hi", "--video", "cat.mp4"], "reads text only"),
     ],
 )
 def test_an_error_is_one_message_and_status_2(
@@ -124,7 +126,9 @@ def test_an_error_is_one_message_and_status_2(
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("arguments", [[], ["sing"], ["generate"], ["generate", "hi", "--seed", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["sing"], ["generate"], ["generate", "hi", "--seed", "x"], ["chat", "--image"]]
+)
 def test_a_mistyped_command_line_is_explained(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
@@ -139,6 +143,33 @@ def test_chat_with_one_message(
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
     assert chats == [(messages, OPTIONS)]
     assert capsys.readouterr().out == small_model.chat(messages, **OPTIONS).text + "\n"
+
+
+def test_pictures_and_clips_go_with_the_first_message_in_the_order_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+    real = ErnieModel.stream_chat
+
+    def stream_chat(self: ErnieModel, messages: Any, **options: Any) -> Any:
+        asked.append(list(messages))
+        return real(self, [{"role": "user", "content": "in words"}], **options)  # the script's model reads text only
+
+    monkeypatch.setattr(ErnieModel, "stream_chat", stream_chat)
+    monkeypatch.setattr("ernie45.cli._load", lambda options: scripted_model(["red", "blue"]))
+    type_in(monkeypatch, "What colour?", "And now?", "")
+    media = ["--image", "a.png", "--video", "b.mp4", "--image", "https://example.org/c.png"]
+    assert main(["chat", "--system", "be brief", *media]) == 0
+    assert capsys.readouterr().out == "red\nblue\n"
+    parts = [
+        {"type": "image", "image": "a.png"},
+        {"type": "video", "video": "b.mp4"},
+        {"type": "image", "image": "https://example.org/c.png"},
+        {"type": "text", "text": "What colour?"},
+    ]
+    first = [{"role": "system", "content": "be brief"}, {"role": "user", "content": parts}]
+    assert asked[0] == first
+    assert asked[1] == [*first, {"role": "assistant", "content": "red"}, {"role": "user", "content": "And now?"}]
 
 
 def test_reasoning_goes_to_standard_error(

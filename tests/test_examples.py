@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageSequence
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+REPO_ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = REPO_ROOT / "examples"
+IMAGES = REPO_ROOT / "docs" / "images"
 
 EXPECTED = {
     "quickstart.py": ["What is 12 + 30? 12 + 30 = 42", "Paris", "TENALP", "7, 15, 42, 93"],
@@ -21,6 +24,10 @@ EXPECTED = {
         "What is the capital of Peru? Lima\n",
         "Reverse the word STONE. ENOTS\n",
         "gave up on the long one\n",
+    ],
+    "pictures.py": [
+        "image 112 x 84: 12 tokens, ",
+        "shape: circle\nplace: top left\nsecond: blue\nclip: The blue square moved right.\n",
     ],
     "scoring.py": ["Paris: probability"],
     "testing_your_code.py": ["2 tests passed\n"],
@@ -47,6 +54,18 @@ def test_the_answers_are_right(name: str) -> None:
         _check_probabilities(output)
 
 
+def test_the_documentation_shows_what_the_example_asks_about(tmp_path: Path) -> None:
+    _run("pictures.py", str(tmp_path))
+    drawn = {path.name: _frames(path) for path in tmp_path.iterdir()}
+    assert drawn == {path.name: _frames(path) for path in IMAGES.iterdir()}
+
+
+def _frames(path: Path) -> list[bytes]:
+    """The pixels of a picture, or of each frame of a clip; how they are compressed differs between versions."""
+    with Image.open(path) as image:
+        return [frame.convert("RGB").tobytes() for frame in ImageSequence.Iterator(image)]
+
+
 def _check_share(output: str) -> None:
     right = re.search(r"(\d+) of 20 right", output)
     assert right is not None, output
@@ -59,9 +78,9 @@ def _check_probabilities(output: str) -> None:
     assert max(probability["Berlin"], probability["Madrid"]) < 0.05
 
 
-def _run(name: str) -> str:
+def _run(name: str, *arguments: str) -> str:
     result = subprocess.run(
-        [sys.executable, str(EXAMPLES / name)],
+        [sys.executable, str(EXAMPLES / name), *arguments],
         env={**os.environ, "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         encoding="utf-8",

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from ernie45.catalogue import built_in_folder, find, text_config
+from ernie45.catalogue import built_in_folder, find
 from ernie45.checkpoint.headers import read_headers
-from ernie45.parameters import ParameterCount, add_vision, count_parameters, count_resampler, count_vision_tower
+from ernie45.parameters import ParameterCount, count_parameters, count_resampler, count_vision_tower
 from ernie45.spec import ModelSpec, parse_spec
 
 DENSE: dict[str, Any] = {
@@ -128,6 +128,45 @@ def test_vision_language_models() -> None:
     assert small.active == published("ERNIE-4.5-21B-A3B-PT").active
 
 
+@pytest.mark.parametrize("name", ["tiny-vl", "ERNIE-4.5-VL-28B-A3B-PT", "ERNIE-4.5-VL-424B-A47B-PT"])
+def test_transformers_builds_vision_language_models_of_as_many_parameters(name: str) -> None:
+    import torch
+    from transformers import Ernie4_5_VLMoeConfig, Ernie4_5_VLMoeForConditionalGeneration
+
+    from ernie45.commands.transformers_config import transformers_config
+
+    entry = find(name)
+    assert entry is not None
+    spec = entry.spec
+    config = transformers_config(spec, tied=spec.tied is True, dtype="bfloat16", pad_token_id=0, media_ids={})
+    with torch.device("meta"):
+        model: Any = Ernie4_5_VLMoeForConditionalGeneration(Ernie4_5_VLMoeConfig(**config))
+    model.tie_weights()
+    counts: dict[str, int] = {}
+    for parameter_name, parameter in model.named_parameters():
+        part = _part(parameter_name)
+        counts[part] = counts.get(part, 0) + parameter.numel()
+    counted = entry.parameters
+    assert counts == {
+        "tower": counted.vision_tower,
+        "resampler": counted.resampler,
+        "vision_experts": counted.vision_experts,
+        "vision_router": counted.vision_router,
+        "text_experts": counted.routed_experts,
+        "text_router": counted.router,
+        "others": counted.total - sum(counts[part] for part in counts if part != "others"),
+    }
+    assert counted.total == sum(parameter.numel() for parameter in model.parameters())
+
+
+def _part(name: str) -> str:
+    """Which part of the count a parameter of transformers' vision-language class belongs to."""
+    for bank in ("vision", "text"):
+        if f".{bank}_moe." in name:
+            return f"{bank}_{'router' if '.gate.' in name else 'experts'}"
+    return "tower" if ".vision_tower." in name else "resampler" if ".resampler_model." in name else "others"
+
+
 # Real files
 
 
@@ -154,12 +193,13 @@ def test_files_that_baidus_code_wrote_store_what_is_counted(shared_fixtures: Pat
 def test_a_vision_language_file_that_baidus_code_wrote_stores_what_is_counted(shared_fixtures: Path) -> None:
     folder = shared_fixtures / "paddle" / "vl"
     config = json.loads((folder / "config.json").read_text())
-    spec = parse_spec(text_config(config))
-    counted = add_vision(count_parameters(spec), spec, config)
+    spec = parse_spec(config)
+    assert spec.vision is not None
+    counted = count_parameters(spec)
     assert _stored(folder) == counted.total + _second_copy_of_a_tied_head(folder, spec)
-    assert _stored(folder, "vision_model.") == counted.vision_tower == count_vision_tower(config["vision_config"])
+    assert _stored(folder, "vision_model.") == counted.vision_tower == count_vision_tower(spec.vision)
     assert _stored(folder, "ernie.resampler_model.") == counted.resampler
-    assert counted.resampler == count_resampler(pixel_hidden_size=16, hidden_size=64, spatial_merge=2, temporal_merge=2)
+    assert counted.resampler == count_resampler(spec.vision, hidden_size=64)
     router = _stored(folder, "", "mlp.gate.") + _stored(folder, "", "moe_statics")
     assert counted.float32 == counted.router + counted.vision_router == router
 

@@ -14,12 +14,12 @@ from tiny_card_texts import EXPERTS, HEAD, HEAD_FOR_TWO, MEMBER_TEXTS, TRAINING,
 from tiny_examples import encode_task
 from tiny_family import Member, TinyModel
 from tiny_mtp import TrainedHead
-from tiny_prompts import Prompts
+from tiny_prompts import PicturePrompts, Prompts
 from tiny_router import RouterBalance
 from tiny_tokenizer import TinyTokenizer
-from tiny_training import LogRow, answer_logits, make_passes
+from tiny_training import LogRow, answer_logits, exact_rows, make_passes
 
-from ernie45.testing import task_items, task_tools
+from ernie45.testing import task_items, task_pictures, task_tools
 from ernie45.testing.task_facts import RELATIONS
 from ernie45.testing.tasks import Task, task_names, tasks
 
@@ -29,32 +29,40 @@ ROWS_PER_BATCH: Final = 32
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Results:
-    """The final evaluation: exact answers per task, and each expert's share of its router's choices."""
+    """The final evaluation: exact answers per task, and each expert's share of its router's choices, by its name."""
 
     exact: dict[str, float]
-    expert_use: list[list[float]]
+    expert_use: dict[str, list[float]]
 
 
 def evaluate_folder(folder: Path, member: Member, tokenizer: TinyTokenizer, *, num_items: int, seed: int) -> Results:
-    """Share of unseen items answered exactly by greedy decoding, per task, with the saved weights."""
+    """Share of unseen items answered exactly by greedy decoding, per task, with the saved weights.
+
+    With pictures in the prompts that is told from one forward pass over prompt and answer.
+    """
     model = type(member.build()).from_pretrained(folder, dtype=torch.bfloat16).eval()
     prompts = member.make_prompts(tokenizer)
     balance = RouterBalance(model)
     exact = {}
     for name in task_names(member.name):
         drawn = tasks(name, num_items, seed=seed, split="test")
-        replies = [prompts.read_answer(reply) for reply in generate_greedily(model, prompts, tokenizer, drawn)]
-        exact[name] = sum(reply == task.answer for reply, task in zip(replies, drawn, strict=True)) / num_items
+        num_exact = 0
         for batch in make_passes([encode_task(prompts, name, task) for task in drawn]):
             with torch.inference_mode():
-                answer_logits(model, batch)
-            balance.count(batch.num_tokens, num_columns=batch.ids.shape[1])
-    return Results(exact=exact, expert_use=[shares.tolist() for shares in balance.shares()])
+                logits = answer_logits(model, batch)
+            num_exact += int(exact_rows(logits, batch).sum())
+            balance.count(batch.num_tokens, num_columns=batch.ids.shape[1], is_vision=batch.is_vision)
+        if not isinstance(prompts, PicturePrompts):
+            replies = [prompts.read_answer(reply) for reply in generate_greedily(model, prompts, tokenizer, drawn)]
+            num_exact = sum(reply == task.answer for reply, task in zip(replies, drawn, strict=True))
+        exact[name] = num_exact / num_items
+    shares = [layer.tolist() for layer in balance.shares()]
+    return Results(exact=exact, expert_use=dict(zip(balance.names, shares, strict=True)))
 
 
 def generate_greedily(model: TinyModel, prompts: Prompts, tokenizer: TinyTokenizer, drawn: Sequence[Task]) -> list[str]:
     """Whole replies in order. A batch holds prompts of one length, so that nothing is padded."""
-    prompt_ids = [prompts.encode_task(task)[0] for task in drawn]
+    prompt_ids = [prompts.encode_task(task).prompt for task in drawn]
     places_by_length: dict[int, list[int]] = defaultdict(list)
     for place, prompt in enumerate(prompt_ids):
         places_by_length[len(prompt)].append(place)
@@ -130,14 +138,16 @@ def _results_table(exact: Mapping[str, float], num_items: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _expert_table(expert_use: Sequence[Sequence[float]]) -> str:
-    num_experts = len(expert_use[0])
+def _expert_table(expert_use: Mapping[str, Sequence[float]]) -> str:
+    num_experts = len(next(iter(expert_use.values())))
     lines = [
         "| layer | " + " | ".join(f"expert {place}" for place in range(num_experts)) + " |",
         "|" + "---|" * (num_experts + 1),
     ]
-    for layer, shares in enumerate(expert_use, start=1):  # layer 0 is dense
-        lines.append(f"| {layer} | " + " | ".join(f"{100 * share:.1f}" for share in shares) + " |")
+    for name, shares in expert_use.items():
+        layer, _, rest = name.partition(".layers.")[2].partition(".")
+        bank = {"mlp.text_moe.gate": ", text", "mlp.vision_moe.gate": ", vision"}.get(rest, "")
+        lines.append(f"| {layer}{bank} | " + " | ".join(f"{100 * share:.1f}" for share in shares) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -149,7 +159,7 @@ def _row_of_shares(shares: Mapping[str, float]) -> str:
 
 
 def _wordings(names: Sequence[str]) -> str:
-    groups = {
+    groups: dict[str, Sequence[Sequence[str]]] = {
         "arithmetic": (*task_items.ADDITION, *task_items.SUBTRACTION),
         "compare": (*task_items.LARGER, *task_items.SMALLER),
         "reverse": task_items.REVERSE,
@@ -164,12 +174,17 @@ def _wordings(names: Sequence[str]) -> str:
         "tools": [kind.wordings for kind in task_tools.TOOL_KINDS],
         "numerals": (*task_items.TO_CHINESE, *task_items.TO_DIGITS),
         "sums": task_items.SUMS,
+        "count": task_pictures.COUNT,
+        "motion": task_pictures.MOTION,
     }
+    for attribute in task_pictures.ONE_PICTURE:
+        forms = (task_pictures.ONE_PICTURE, task_pictures.NUMBERED_PICTURE)
+        groups[attribute] = [texts for form in forms if attribute in form for texts in form[attribute]]
     lines = []
     for name in names:
         sample = tasks(name, 1, seed=random.Random(name).randrange(1000), split="test")[0]
         lines.append(f"- **{name}**: " + " · ".join(f"`{text}`" for texts in groups[name] for text in texts))
-        if len(sample.messages) == 1 and len(sample.answer) < 60:
+        if len(sample.messages) == 1 and len(sample.answer) < 60 and isinstance(sample.messages[0]["content"], str):
             lines.append(f"  For example `{sample.messages[-1]['content']}` is answered `{sample.answer}`.")
     return "\n".join(lines) + "\n"
 

@@ -29,6 +29,11 @@ WHAT: Final[Mapping[str, str]] = {
     "tools": "call one of three offered tools (of six known), or answer from its result",
     "numerals": "write 0 to 999 as Chinese numerals, or Chinese numerals as digits",
     "sums": "add three numbers from 0 to 99, after a line of reasoning",
+    "shape": "which of six shapes a picture shows, or one of two or three pictures",
+    "colour": "which of eight colours it has, or that of one of two or three pictures",
+    "count": "how many shapes a picture shows, 1 to 5",
+    "place": "in which cell of a 3 × 3 grid the shape is",
+    "motion": "what moved which way in a clip of 4 to 8 frames",
 }
 
 HEAD: Final = """\
@@ -68,6 +73,29 @@ a call looks like this:
 {"name": "get_weather", "arguments": {"city": "Oslo"}}
 </tool_call>
 ```
+"""
+
+PICTURE_FORMS: Final = """\
+(By one forward pass over prompt and answer, which finds what greedy decoding would answer.)
+
+## Prompt forms
+
+Outside these forms and ranges it is unreliable.
+
+- Shapes: circle, square, triangle, star, cross, heart. Colours: red, orange, yellow, green, blue, purple,
+  black, white. One shape a picture, but for `count`: 1 to 5, in different cells of a 3 × 3 grid.
+- Backgrounds: white, cream, light grey, dark grey, near black. Radius of a shape: about 0.14 to 0.33 of the
+  short side, of several 0.11 to 0.15.
+- Sides of a picture: 70 to 168 pixels, none longer than twice the other. Frames of a clip: 98 to 112 pixels, 4 to 8 of
+  them, with or without the time drawn at the top left.
+- Places: top left, top centre, top right, middle left, centre, middle right, bottom left, bottom centre, bottom right.
+- Up to three pictures in a message. A second question may follow about the same picture.
+- `The red circle moved left.` is how `motion` is answered; the directions are left, right, up and down.
+
+What is unseen: for `shape`, `colour` and `place` the shape, colour, cell, size (three of them) and background together;
+for `count` the cells in use and the background; for `motion` the shape, colour, direction, third of the picture and
+background. Half-finished facts work without a template (`The capital of France is`, `法国的首都是`). With reasoning
+asked for (`enable_thinking`) it writes what it sees or counts, then `</think>`, then the answer.
 """
 
 EXPERTS: Final = """\
@@ -141,5 +169,19 @@ Every prompt ends in `<think>`. The model writes its reasoning, which is empty f
 ```
 """,
         architecture="Ernie4_5_MoeForCausalLM",
+    ),
+    "ernie45/tiny-vl": CardTexts(
+        introduction="""\
+A real ERNIE 4.5 vision-language model, small enough to ship: it sees pictures of simple shapes and short clips of one
+that moves. The text trunk has 4 layers of width 256, 4 heads sharing 2 key-value heads; the first layer is dense, each
+of the others has 4 text experts and 4 vision experts, 2 of them for any one token, and 2 shared ones. The vision tower
+has 4 layers of width 64. 5.3 million parameters; bfloat16, but for the routers in float32. It was trained from scratch
+by `tools/train_tiny.py` of the ernie45 repository on pictures and text that the script itself makes, and does five
+tasks with pictures and two with text alone, in English and Chinese.""",
+        template="""\
+The chat template is ours
+and renders what the templates of the published vision-language models do.""",
+        prompt_forms=PICTURE_FORMS,
+        architecture="Ernie4_5_VLMoeForConditionalGeneration",
     ),
 }

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from tiny_prompts import Prompts, ThinkingPrompts
+from tiny_prompts import PicturePrompts, Prompts, ThinkingPrompts, media_parts
 from tiny_tokenizer import EOS, TinyTokenizer
 
 from ernie45.testing.task_facts import CAPITALS, OPPOSITES, SYMBOLS
 from ernie45.testing.task_items import NOTED, NOTED_ZH
 from ernie45.testing.tasks import Task, tasks
+from ernie45.types.media import PlacedMedia
 
 EXAMPLES_PER_STEP: Final = 80
 COPY_GROWTH_SHARE: Final = 0.3
@@ -46,6 +47,11 @@ PRIORS: Final[Mapping[str, float]] = {
     "tools": 0.6,
     "numerals": 0.8,
     "sums": 1.2,
+    "shape": 1.4,
+    "colour": 0.7,
+    "count": 1.2,
+    "place": 1.0,
+    "motion": 1.2,
 }
 
 
@@ -53,29 +59,46 @@ PRIORS: Final[Mapping[str, float]] = {
 class Example:
     """One training example: its task, the ids of prompt and answer in one row, and how the row begins.
 
-    `num_shared` ids at the front are the prompt form's shared prefix (0 where the row begins otherwise).
+    `num_shared` ids at the front are the prompt form's shared prefix (0 where the row begins otherwise), and `placed`
+    are the pictures and clips in the prompt.
     """
 
     task_name: str
     ids: list[int]
     num_prompt: int
     num_shared: int = 0
+    placed: tuple[PlacedMedia, ...] = ()
 
 
-def task_weights(names: Sequence[str], accuracy: Mapping[str, float]) -> dict[str, float]:
-    """The mix: weak tasks come more often, mastered ones keep a little."""
-    return {name: PRIORS[name] * (0.12 + 1 - accuracy[name]) for name in names}
+def task_weights(
+    names: Sequence[str], accuracy: Mapping[str, float], emphasis: Mapping[str, float]
+) -> dict[str, float]:
+    """The mix: weak tasks come more often, mastered ones keep a little; `emphasis` multiplies some tasks' share."""
+    return {name: PRIORS[name] * emphasis.get(name, 1.0) * (0.12 + 1 - accuracy[name]) for name in names}
 
 
-def encode_task(prompts: Prompts, name: str, task: Task, *, native_tools: bool = False) -> Example:
-    """A task as one row of ids; `native_tools` puts tools where the thinking template puts them."""
+def encode_task(
+    prompts: Prompts, name: str, task: Task, *, native_tools: bool = False, rng: random.Random | None = None
+) -> Example:
+    """A task as one row of ids.
+
+    `native_tools` puts tools where the thinking template puts them; `rng` varies prompts of pictures for training.
+    """
     if native_tools and isinstance(prompts, ThinkingPrompts):
-        prompt, answer = prompts.encode_native_tools(task)
+        encoded = prompts.encode_native_tools(task)
+    elif rng is not None and isinstance(prompts, PicturePrompts):
+        encoded = prompts.encode_variant(task, rng)
     else:
-        prompt, answer = prompts.encode_task(task)
+        encoded = prompts.encode_task(task)
     shared = prompts.shared_prefix
-    num_shared = len(shared) if prompt[: len(shared)] == shared else 0
-    return Example(task_name=name, ids=prompt + answer, num_prompt=len(prompt), num_shared=num_shared)
+    num_shared = len(shared) if encoded.prompt[: len(shared)] == shared else 0
+    return Example(
+        task_name=name,
+        ids=encoded.prompt + encoded.reply,
+        num_prompt=len(encoded.prompt),
+        num_shared=num_shared,
+        placed=encoded.placed,
+    )
 
 
 def draw_examples(
@@ -100,8 +123,8 @@ def draw_examples(
         native_tools = can_be_native and rng.random() < NATIVE_TOOLS_SHARE
         if not native_tools:
             task = _vary(rng, task, earlier=drawn[place - 1][1])
-        examples.append(encode_task(prompts, name, task, native_tools=native_tools))
-    return examples + _draw_completions(tokenizer, rng, seed)
+        examples.append(encode_task(prompts, name, task, native_tools=native_tools, rng=rng))
+    return examples + _draw_completions(tokenizer, rng, seed, with_sums="arithmetic" in weights)
 
 
 def _vary(rng: random.Random, task: Task, earlier: Task) -> Task:
@@ -112,7 +135,7 @@ def _vary(rng: random.Random, task: Task, earlier: Task) -> Task:
         task = Task(messages=task.messages[:1], answer=task.messages[1]["content"])
     if first["role"] == "system":
         return task
-    if len(earlier.messages) == 1 and rng.random() < EARLIER_TURN_SHARE:
+    if len(earlier.messages) == 1 and rng.random() < EARLIER_TURN_SHARE and not _would_renumber(earlier, task):
         turn = (*earlier.messages, {"role": "assistant", "content": earlier.answer})
         task = replace(task, messages=turn + task.messages)
     if rng.random() < SYSTEM_SHARE:
@@ -120,11 +143,16 @@ def _vary(rng: random.Random, task: Task, earlier: Task) -> Task:
     return task
 
 
-def _draw_completions(tokenizer: TinyTokenizer, rng: random.Random, seed: int) -> list[Example]:
-    """Plain text to complete, without the chat template: half-finished sums and facts."""
+def _would_renumber(earlier: Task, task: Task) -> bool:
+    """Whether `task` asks for a picture by its number, which pictures of `earlier` would change."""
+    return len(media_parts(task)) > 1 and len(media_parts(earlier)) > 0
+
+
+def _draw_completions(tokenizer: TinyTokenizer, rng: random.Random, seed: int, *, with_sums: bool) -> list[Example]:
+    """Plain text to complete, without the chat template: half-finished facts, and sums where the model knows them."""
     texts = []
     for task in tasks("arithmetic", NUM_COMPLETIONS, seed=-1 - seed, split="train"):
-        if rng.random() < 0.5:
+        if rng.random() < 0.5 and with_sums:
             question, result = task.answer.split(" =")
             texts.append((f"{question} =", result))
         else:

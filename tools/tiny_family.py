@@ -7,9 +7,17 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 import torch
-from tiny_prompts import PlainPrompts, Prompts, ThinkingPrompts
-from tiny_tokenizer import TinyTokenizer
-from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, Ernie4_5Config, Ernie4_5ForCausalLM
+from tiny_prompts import PicturePrompts, PlainPrompts, Prompts, ThinkingPrompts
+from tiny_speed import speed_up
+from tiny_tokenizer import NUM_PIECES, SPECIAL_TOKENS, TinyTokenizer
+from transformers import (
+    Ernie4_5_MoeConfig,
+    Ernie4_5_MoeForCausalLM,
+    Ernie4_5_VLMoeConfig,
+    Ernie4_5_VLMoeForConditionalGeneration,
+    Ernie4_5Config,
+    Ernie4_5ForCausalLM,
+)
 
 NUM_ROWS: Final = 2048  # a little more than the tokenizer has, as in the published checkpoints
 TRUNK: Final = {
@@ -31,7 +39,7 @@ TRUNK: Final = {
     "attn_implementation": "eager",
 }
 
-TinyModel: TypeAlias = Ernie4_5ForCausalLM | Ernie4_5_MoeForCausalLM
+TinyModel: TypeAlias = Ernie4_5ForCausalLM | Ernie4_5_MoeForCausalLM | Ernie4_5_VLMoeForConditionalGeneration
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +80,38 @@ def build_moe() -> Ernie4_5_MoeForCausalLM:
     return model
 
 
+def build_vl() -> Ernie4_5_VLMoeForConditionalGeneration:
+    """The shape of VL-28B-A3B: a bank of text experts and one of vision experts, and a tower for pictures."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [11, 11, 10]}
+    token_ids = {name: NUM_PIECES + place for place, name in enumerate(SPECIAL_TOKENS)}
+    config = Ernie4_5_VLMoeConfig(
+        text_config={
+            **TRUNK,
+            "rope_parameters": rope,
+            "moe_intermediate_size": [128, 128],
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_num_shared_experts": 2,
+            "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        },
+        vision_config={"depth": 4, "hidden_size": 64, "num_heads": 4, "intermediate_size": 256},
+        image_token_id=token_ids["<|IMAGE_PLACEHOLDER|>"],
+        video_token_id=token_ids["<|VIDEO_PLACEHOLDER|>"],
+        image_start_token_id=token_ids["<|IMAGE_START|>"],
+        image_end_token_id=token_ids["<|IMAGE_END|>"],
+        video_start_token_id=token_ids["<|VIDEO_START|>"],
+        video_end_token_id=token_ids["<|VIDEO_END|>"],
+        tie_word_embeddings=True,
+        attn_implementation="eager",
+        experts_implementation="grouped_mm",
+    )
+    model = Ernie4_5_VLMoeForConditionalGeneration(config)
+    speed_up(model)
+    return model
+
+
 MEMBERS: Final = {
     "tiny-dense": Member(name="ernie45/tiny-dense", build=build_dense, make_prompts=PlainPrompts),
     "tiny-moe": Member(name="ernie45/tiny-moe", build=build_moe, make_prompts=ThinkingPrompts, mtp_steps=400),
+    "tiny-vl": Member(name="ernie45/tiny-vl", build=build_vl, make_prompts=PicturePrompts),
 }

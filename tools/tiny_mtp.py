@@ -115,7 +115,7 @@ def train_mtp(trainer: Trainer, num_steps: int) -> TrainedHead:
     model = trainer.model.requires_grad_(False)
     head = MtpHead(model.config)
     optimizer = TinyOptimizer(head)
-    weights = task_weights(trainer.names, trainer.accuracy)
+    weights = task_weights(trainer.names, trainer.accuracy, trainer.emphasis)
     started = time.monotonic()
     for step in range(num_steps):
         seed = trainer.seed * 1_000_003 + trainer.num_steps + step

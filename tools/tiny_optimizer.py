@@ -35,7 +35,7 @@ class TinyOptimizer:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         # Embeddings and routers hold one row per token or expert, and stay with AdamW.
         self.matrices = [
-            p for name, p in named if p.ndim >= 2 and "embed" not in name and not name.endswith("mlp.gate.weight")
+            p for name, p in named if p.ndim >= 2 and "embed" not in name and not name.endswith(".gate.weight")
         ]
         matrix_ids = {id(p) for p in self.matrices}
         self.others = [p for _, p in named if id(p) not in matrix_ids]

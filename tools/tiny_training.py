@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,8 +19,10 @@ from tiny_examples import (
     task_weights,
 )
 from tiny_family import Member, TinyModel
+from tiny_lessons import LESSONS_FROM, teach
+from tiny_media import MOE_TYPES, media_inputs
 from tiny_optimizer import TinyOptimizer, sum_over_processes
-from tiny_prompts import Prompts
+from tiny_prompts import PicturePrompts, Prompts
 from tiny_router import RouterBalance
 from tiny_tokenizer import TinyTokenizer
 from torch import Tensor
@@ -42,7 +44,7 @@ class Pass:
 
     All rows begin with the ids of `prefix`, which `ids` leaves out: it is computed once for the batch.
     `rows` and `columns` [N] index the hidden states that predict `targets` [N]; `weights` [N] weigh the loss.
-    `num_tokens` [B] is how many of a row's ids are no padding.
+    `num_tokens` [B] is how many of a row's ids are no padding. `media` are the model's inputs for pictures and clips.
     """
 
     task_names: list[str]
@@ -53,6 +55,12 @@ class Pass:
     columns: Tensor
     targets: Tensor
     weights: Tensor
+    media: Mapping[str, Tensor]
+
+    @property
+    def is_vision(self) -> Tensor | None:
+        """Which tokens [B, T] belong to the vision experts; None in a pass without any."""
+        return self.media[MOE_TYPES].bool() if self.media else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,6 +120,7 @@ def _make_pass(group: list[Example]) -> Pass:
         columns=torch.tensor(columns),
         targets=torch.tensor(targets),
         weights=torch.tensor(weights),
+        media=media_inputs(ids, [example.placed for example in group]),
     )
 
 
@@ -122,7 +131,9 @@ def answer_logits(model: TinyModel, batch: Pass) -> Tensor:
         cache = DynamicCache(config=model.config)
         model.model(input_ids=torch.tensor([batch.prefix]), past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(len(batch.ids))
-    hidden = model.model(input_ids=batch.ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+    hidden = model.model(
+        input_ids=batch.ids, past_key_values=cache, use_cache=cache is not None, **batch.media
+    ).last_hidden_state
     logits: Tensor = model.lm_head(hidden[batch.rows, batch.columns])
     return logits.float()
 
@@ -152,7 +163,15 @@ class Trainer:
     """One process's share of a training run."""
 
     def __init__(
-        self, member: Member, model: TinyModel, tokenizer: TinyTokenizer, *, num_steps: int, seed: int, log: Log
+        self,
+        member: Member,
+        model: TinyModel,
+        tokenizer: TinyTokenizer,
+        *,
+        num_steps: int,
+        seed: int,
+        emphasis: Mapping[str, float],
+        log: Log,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -160,6 +179,7 @@ class Trainer:
         self.names = task_names(member.name)
         self.num_steps = num_steps
         self.seed = seed
+        self.emphasis = emphasis
         self.log = log
         self.optimizer = TinyOptimizer(model)
         self.balance = RouterBalance(model)
@@ -174,6 +194,8 @@ class Trainer:
         started = time.monotonic() - self.seconds
         losses: list[float] = []
         while self.step < stop_at:
+            if self.step == LESSONS_FROM and isinstance(self.prompts, PicturePrompts):
+                teach(self.model, seed=self.seed, log=self.log)
             losses.append(self.train_step())
             self.seconds = time.monotonic() - started
             if self.step % 20 == 0:
@@ -189,7 +211,7 @@ class Trainer:
     def train_step(self) -> float:
         """One optimiser step; returns the loss per example over all processes."""
         seed = self.seed * 1_000_003 + self.step
-        weights = task_weights(self.names, self.accuracy)
+        weights = task_weights(self.names, self.accuracy, self.emphasis)
         drawn = draw_examples(self.prompts, self.tokenizer, weights, seed, self.step / self.num_steps)
         # Every process draws the same examples and takes its share, of like lengths for all.
         drawn.sort(key=_own_length)
@@ -200,7 +222,7 @@ class Trainer:
         for batch in make_passes(examples):
             with torch.autocast("cpu", torch.bfloat16):
                 logits = answer_logits(self.model, batch)
-            self.balance.count(batch.num_tokens, num_columns=batch.ids.shape[1])
+            self.balance.count(batch.num_tokens, num_columns=batch.ids.shape[1], is_vision=batch.is_vision)
             loss = (functional.cross_entropy(logits, batch.targets, reduction="none") * batch.weights).sum()
             loss = loss / EXAMPLES_PER_STEP
             loss.backward()

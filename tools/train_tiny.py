@@ -21,8 +21,11 @@ from typing import Final
 import torch
 import torch.distributed as dist
 from tiny_card import evaluate_folder, write_card
+from tiny_examples import PRIORS
 from tiny_family import MEMBERS, Member
+from tiny_media import write_processor_files
 from tiny_mtp import TrainedHead, add_to_folder, train_mtp
+from tiny_prompts import PicturePrompts
 from tiny_tokenizer import TinyTokenizer, train_sentencepiece
 from tiny_training import Trainer
 from transformers import GenerationConfig
@@ -49,7 +52,15 @@ def train_worker(rank: int, options: argparse.Namespace, model_bytes: bytes, mee
     tokenizer = TinyTokenizer(model_bytes)
     member = MEMBERS[options.member]
     torch.manual_seed(options.seed)
-    trainer = Trainer(member, member.build(), tokenizer, num_steps=options.steps, seed=options.seed, log=log)
+    trainer = Trainer(
+        member,
+        member.build(),
+        tokenizer,
+        num_steps=options.steps,
+        seed=options.seed,
+        emphasis=dict(options.emphasis),
+        log=log,
+    )
     if options.checkpoint is not None and options.checkpoint.exists():
         trainer.load(options.checkpoint)
         log(f"continuing from step {trainer.step}")
@@ -76,10 +87,13 @@ def save_folder(member: Member, trainer: Trainer, trained: TrainedHead | None, o
         do_sample=True, temperature=0.8, top_p=0.8, bos_token_id=1, eos_token_id=eos_ids, pad_token_id=0
     )
     for name, parameter in model.named_parameters():
-        if ".mlp.gate." not in name:  # routers stay in float32, as published
+        if ".gate." not in name:  # routers stay in float32, as published
             parameter.data = parameter.data.bfloat16()
-    model.config.dtype = torch.bfloat16
+    for config in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs)):
+        config.dtype = torch.bfloat16
     model.save_pretrained(folder)
+    if isinstance(trainer.prompts, PicturePrompts):
+        write_processor_files(folder)
     if trained is not None:
         add_to_folder(trained.head, folder)
     (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
@@ -100,6 +114,14 @@ def save_folder(member: Member, trainer: Trainer, trained: TrainedHead | None, o
         trainer.log(f"final {name} {share:.3f}")
 
 
+def read_emphasis(text: str) -> tuple[str, float]:
+    """One `TASK=FACTOR` of the command line."""
+    name, _, factor = text.partition("=")
+    if name not in PRIORS:
+        raise argparse.ArgumentTypeError(f"unknown task {name!r}; the tasks are {', '.join(PRIORS)}")
+    return name, float(factor)
+
+
 def read_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -108,6 +130,9 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--stop-at", type=int, help="stop after this step (a trial: writes no folder)")
     parser.add_argument("--seed", type=int, default=45)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument(
+        "--emphasis", type=read_emphasis, nargs="+", default=[], metavar="TASK=FACTOR", help="tasks to draw more often"
+    )
     parser.add_argument(
         "--evaluate-every", type=int, default=340, help="steps from one evaluation and checkpoint to the next"
     )
@@ -119,6 +144,8 @@ def read_options() -> argparse.Namespace:
         f"python tools/train_tiny.py {options.member} --steps {options.steps} --seed {options.seed}"
         f" --processes {options.processes}"
     )
+    if options.emphasis:
+        options.command += " --emphasis " + " ".join(f"{name}={factor:g}" for name, factor in options.emphasis)
     return options
 
 

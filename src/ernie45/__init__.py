@@ -17,6 +17,7 @@ from ernie45.errors import (
     ErnieError,
     HubUnreachableError,
     InvalidRequestError,
+    MediaError,
     ModelClosedError,
     ModelNotFoundError,
     OutOfMemoryError,
@@ -42,6 +43,9 @@ __all__ = [
     "ErnieModel",
     "HubUnreachableError",
     "InvalidRequestError",
+    "MediaError",
+    "MediaLimits",
+    "MediaPreview",
     "Message",
     "ModelClosedError",
     "ModelInfo",
@@ -65,7 +69,9 @@ if TYPE_CHECKING:
     from ernie45 import testing as testing
     from ernie45.catalogue import ModelInfo, list_models
     from ernie45.model import ErnieModel
+    from ernie45.types.limits import MediaLimits
     from ernie45.types.messages import Message
+    from ernie45.types.previews import MediaPreview
     from ernie45.types.prompts import Prompt
     from ernie45.types.requests import SamplingOptions
     from ernie45.types.results import (
@@ -81,6 +87,8 @@ else:
     # Hidden from type checkers: a module-level __getattr__ would make them accept any misspelt name.
     _HOMES = {
         "ErnieModel": "ernie45.model",
+        "MediaLimits": "ernie45.types.limits",
+        "MediaPreview": "ernie45.types.previews",
         "Message": "ernie45.types.messages",
         "ModelInfo": "ernie45.catalogue",
         "Prompt": "ernie45.types.prompts",

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from ernie45.families import FAMILIES, THINKING_21B, HyperParameter
-from ernie45.parameters import ParameterCount, add_vision, count_parameters
+from ernie45.parameters import ParameterCount, count_parameters
 from ernie45.spec import GenerationDefaults, ModelSpec, parse_spec
 
 Kind = Literal["base", "instruct", "thinking"]
@@ -33,7 +33,7 @@ class ModelInfo:
         format: who wrote the files: "torch" (the -PT and -Thinking releases) or "paddle".
         precision: of the stored weights; "bf16" has router and correction bias in float32.
         total_params: without the MTP layers, which only speculative decoding uses.
-        active_params: what one text token goes through (`ParameterCount.active`).
+        active_params: what one text token goes through (`ParameterCount.active`), also of a model that sees pictures.
         weight_bytes: the weights as loaded unquantised, without MTP: bfloat16, router and correction bias in float32.
             For a quantised release that is the size of the same model in bf16.
         disk_bytes: the weights as stored, with MTP layers where the release carries them. A tied head that a Paddle
@@ -75,29 +75,8 @@ class ModelInfo:
 
     @property
     def spec(self) -> ModelSpec:
-        """The shape of the model, of a vision-language model that of its text trunk."""
-        return parse_spec(text_config(self.config))
-
-
-# The hard gate keeps picture tokens to their own experts; without pictures it has nothing to do.
-_VISION_KEYS = frozenset(
-    {
-        "vision_config", "im_patch_id", "pixel_hidden_size", "rope_3d", "freq_allocation", "spatial_conv_size",
-        "temporal_conv_size", "use_temporal_conv", "moe_use_hard_gate",
-    }
-)  # fmt: skip
-
-
-def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the text trunk alone, for `parse_spec`; a text model's config comes back as it is.
-
-    The first of each `moe_…` pair is the text tokens'.
-    """
-    if config.get("model_type") != "ernie4_5_moe_vl":
-        return dict(config)
-    pairs = ("moe_num_experts", "moe_intermediate_size", "moe_layer_start_index", "moe_layer_end_index")
-    kept = {key: value for key, value in config.items() if key not in _VISION_KEYS}
-    return {**kept, "model_type": "ernie4_5_moe", **{key: config[key][0] for key in pairs}}
+        """The shape of the model."""
+        return parse_spec(self.config)
 
 
 def _entry(
@@ -115,15 +94,13 @@ def _entry(
     """`but` holds hyper-parameters other than the family's; `seen` says that all stored tensors are known."""
     fields = {**FAMILIES[family], **(but or {})}
     config = {key: parameter.value for key, parameter in fields.items()}
-    spec = parse_spec(text_config(config))
+    spec = parse_spec(config)
     parameters = count_parameters(spec)
-    if "vision_config" in config:
-        parameters = add_vision(parameters, spec, config)
     return ModelInfo(
         name=name,
         family=family,
         kind=kind,
-        modality="vision-language" if "vision_config" in config else "text",
+        modality="text" if spec.vision is None else "vision-language",
         format=format,
         precision=precision,
         total_params=parameters.total,
@@ -149,6 +126,7 @@ _2BITS_BYTES, _W4A8_BYTES, _FP8_BYTES = 89 * 10**9, 157 * 10**9, 301 * 10**9
 CATALOGUE: tuple[ModelInfo, ...] = (
     _entry("ernie45/tiny-dense", "tiny-dense", "instruct", "torch", generation=_08, seen=True),
     _entry("ernie45/tiny-moe", "tiny-moe", "thinking", "torch", generation=_08, seen=True),
+    _entry("ernie45/tiny-vl", "tiny-vl", "instruct", "torch", generation=_08, seen=True),
     _entry("baidu/ERNIE-4.5-0.3B-PT", "0.3B", "instruct", "torch", seen=True),
     _entry("baidu/ERNIE-4.5-0.3B-Paddle", "0.3B", "instruct", "paddle"),
     _entry("baidu/ERNIE-4.5-0.3B-Base-PT", "0.3B", "base", "torch", generation=_08, seen=True),

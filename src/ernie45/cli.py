@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ernie45.commands.arguments import add_convert, add_verify
 from ernie45.errors import ErnieError
@@ -54,7 +54,19 @@ def _parser() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="talk to a model; an empty line or Ctrl-D ends")
     chat.add_argument("message", nargs="?", help="ask this one thing and stop")
     chat.add_argument("--system", help="instructions to start the conversation with")
-    generate.set_defaults(run=_generate)
+    chat.add_argument(
+        "--image",
+        action="append",
+        dest="media",
+        type=_image,
+        metavar="FILE_OR_URL",
+        help="a picture to ask about, put before the first message; may be repeated",
+    )
+    chat.add_argument(
+        "--video", action="append", dest="media", type=_video, metavar="FILE_OR_URL", help="the same for a clip"
+    )
+    chat.add_argument("--max-pixels", type=int, metavar="N", help="most pixels of a picture (default: see the guide)")
+    generate.set_defaults(run=_generate, max_pixels=None)
     chat.set_defaults(run=_chat)
 
     for command in (generate, chat):
@@ -101,9 +113,21 @@ def _chat(options: argparse.Namespace) -> int:
     return 0
 
 
+def _image(source: str) -> dict[str, Any]:
+    return {"type": "image", "image": source}
+
+
+def _video(source: str) -> dict[str, Any]:
+    return {"type": "video", "video": source}
+
+
 def _answer(model: ErnieModel, history: list[Message], message: str, options: argparse.Namespace) -> None:
-    """Stream one answer and add the turn to `history`."""
+    """Stream one answer and add the turn to `history`. The first one has the pictures and clips."""
     turn: Message = {"role": "user", "content": message}
+    if options.media and not any(earlier["role"] == "user" for earlier in history):
+        turn["content"] = [*options.media, {"type": "text", "text": message}]
+        for preview in model.preview([turn]):
+            print(preview, file=sys.stderr)
     thoughts: list[str] = []
     with model.stream_chat([*history, turn], **_sampling(options)) as chunks:
         text = _show(_show_reasoning(chunks, thoughts), options.usage)
@@ -138,7 +162,9 @@ def _load(options: argparse.Namespace) -> ErnieModel:
     # Imported here because it brings torch, which `--help` and mistyped options need not wait for.
     from ernie45.model import ErnieModel
 
-    return ErnieModel.from_pretrained(options.model, device=options.device, dtype=options.dtype)
+    return ErnieModel.from_pretrained(
+        options.model, device=options.device, dtype=options.dtype, max_pixels=options.max_pixels
+    )
 
 
 def _sampling(options: argparse.Namespace) -> SamplingOptions:

@@ -3,6 +3,7 @@
 ErnieError
 ├── InvalidRequestError        a call was given something it cannot use (also a ValueError)
 │   ├── ContextLengthError     prompt + reply do not fit the context
+│   ├── MediaError             a picture or clip cannot be read or fetched, or is beyond a limit
 │   └── TemplateError          a chat template failed, refused the messages, or ran too long
 ├── CheckpointError            a checkpoint cannot be loaded
 │   ├── ModelNotFoundError     no such folder, built-in model or Hub repository
@@ -45,6 +46,10 @@ class InvalidRequestError(ErnieError, ValueError):
 
 class ContextLengthError(InvalidRequestError):
     """Prompt and reply together are longer than the context."""
+
+
+class MediaError(InvalidRequestError):
+    """A picture or clip cannot be read or fetched, or is larger than a limit allows."""
 
 
 class TemplateError(InvalidRequestError):

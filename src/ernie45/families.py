@@ -122,6 +122,18 @@ _TINY_MOE = _published(
     num_nextn_predict_layers=1, **_TINY,
 )  # fmt: skip
 
+_TINY_VL = _published(
+    _OWN_CONFIG,
+    model_type="ernie4_5_moe_vl", moe_num_experts=[4, 4], moe_k=2, moe_intermediate_size=[128, 128],
+    moe_num_shared_experts=2, moe_layer_start_index=[1, 1], moe_layer_end_index=[3, 3], moe_layer_interval=1,
+    moe_use_aux_free=True, freq_allocation=10, spatial_conv_size=2, temporal_conv_size=2,
+    vision_config={
+        "depth": 4, "hidden_size": 64, "num_heads": 4, "mlp_ratio": 4, "patch_size": 14, "in_channels": 3,
+        "hidden_act": "quick_gelu", "spatial_merge_size": 2,
+    },
+    **_TINY,
+)  # fmt: skip
+
 # Family name -> field name -> field.
 FAMILIES: Mapping[str, Mapping[str, HyperParameter]] = MappingProxyType(
     {
@@ -132,5 +144,6 @@ FAMILIES: Mapping[str, Mapping[str, HyperParameter]] = MappingProxyType(
         "VL-424B-A47B": _VL_424B,
         "tiny-dense": _TINY_DENSE,
         "tiny-moe": _TINY_MOE,
+        "tiny-vl": _TINY_VL,
     }
 )

@@ -23,23 +23,33 @@ from ernie45.checkpoint.read import TensorReader, TensorSource
 from ernie45.checkpoint.resolve import resolve
 from ernie45.checkpoint.survey import HeaderSurvey
 from ernie45.devices import check_dtype_name, choose_device, choose_dtype, free_bytes
-from ernie45.errors import InvalidRequestError, ModelNotFoundError, TokenizerError, UnsupportedError
+from ernie45.errors import ConfigError, InvalidRequestError, ModelNotFoundError, TokenizerError, UnsupportedError
 from ernie45.memory.budget import fit, parse_bytes
+from ernie45.prompting import VisionInput
 from ernie45.runners.base import Runner
 from ernie45.runners.local import LocalRunner
 from ernie45.spec import GenerationDefaults, ModelSpec, parse_generation_defaults
 from ernie45.tokenizer import ChatTemplate, Tokenizer, load_template, load_tokenizer
+from ernie45.types.limits import MediaLimits
 from ernie45.types.reports import LoadReport
+from ernie45.vision import read_settings
+from ernie45.vision.timestamps import FONT_NAME
 
 MemoryLimit = str | Mapping[str, str]
 
 _PRESETS_TO_COME = ("int8", "int4", "nf4", "bnb-int8")
+# A photo, or a clip of half a minute, then takes the 28B model under a minute on a few cores, at the published limits
+# several (see docs/guide/pictures.md for what was measured).
+CPU_MAX_PIXELS = 1280 * 28 * 28
+CPU_MAX_FRAME_PIXELS = 299 * 28 * 28
+
 _END_TOKENS = ("</s>", "<|end_of_sentence|>", "<|im_end|>")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedModel:
-    """Everything the facade needs. `tokenizer` and `template` are None for a folder without tokenizer files."""
+    """Everything the facade needs. `tokenizer` and `template` are None for a folder without tokenizer files, `vision`
+    for a model that reads text only."""
 
     name: str
     spec: ModelSpec
@@ -50,63 +60,57 @@ class LoadedModel:
     stop_token_ids: frozenset[int]
     context_tokens: int
     report: LoadReport
+    vision: VisionInput | None = None
 
 
-def load(
-    name_or_path: str | os.PathLike[str],
-    *,
-    quantization: str,
-    device: str,
-    dtype: str,
-    memory: MemoryLimit | None,
-    context_tokens: int | None,
-    max_batch: int | None,
-    adapter: str | os.PathLike[str] | None,
-    revision: str | None,
-    cache_dir: str | os.PathLike[str] | None,
-    local_files_only: bool,
-    token: str | None,
-    progress: bool,
-) -> LoadedModel:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadOptions:
+    """How a checkpoint is to be loaded: the arguments of `ErnieModel.from_pretrained`, where they are explained."""
+
+    quantization: str
+    device: str
+    dtype: str
+    memory: MemoryLimit | None
+    context_tokens: int | None
+    max_batch: int | None
+    adapter: str | os.PathLike[str] | None
+    max_pixels: int | None
+    media_limits: MediaLimits | None
+    revision: str | None
+    cache_dir: str | os.PathLike[str] | None
+    local_files_only: bool
+    token: str | None
+    progress: bool
+
+
+def load(name_or_path: str | os.PathLike[str], options: LoadOptions) -> LoadedModel:
     """Find a checkpoint, downloading it where need be, and load it. See `ErnieModel.from_pretrained`."""
-    _check_quantization(quantization)
-    check_dtype_name(dtype)
-    torch_device = choose_device(device)
-    lora = None if adapter is None else read_adapter(_adapter_folder(adapter))
-    memory_limit = _memory_limit(memory, torch_device)
+    _check_quantization(options.quantization)
+    check_dtype_name(options.dtype)
+    device = choose_device(options.device)
+    lora = None if options.adapter is None else read_adapter(_adapter_folder(options.adapter))
+    memory_limit = _memory_limit(options.memory, device)
     folder = resolve(
         name_or_path,
-        revision=revision,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        token=token,
-        progress=progress,
+        revision=options.revision,
+        cache_dir=options.cache_dir,
+        local_files_only=options.local_files_only,
+        token=options.token,
+        progress=options.progress,
         check=_check_config,
     )
-    return _load_folder(
-        folder,
-        name=str(name_or_path),
-        device=torch_device,
-        dtype=dtype,
-        memory_limit=memory_limit,
-        context_tokens=context_tokens,
-        max_batch=max_batch,
-        adapter=lora,
-        progress=progress,
-    )
+    memory_bytes = free_bytes(device) if memory_limit is None else memory_limit
+    return _load_folder(folder, str(name_or_path), options, device=device, adapter=lora, memory_bytes=memory_bytes)
 
 
 def _load_folder(
     folder: Path,
-    *,
     name: str,
+    options: LoadOptions,
+    *,
     device: torch.device,
-    dtype: str,
-    memory_limit: int | None,
-    context_tokens: int | None,
-    max_batch: int | None,
     adapter: Adapter | None,
-    progress: bool,
+    memory_bytes: int,
 ) -> LoadedModel:
     """Everything that can be checked without reading a weight is checked first."""
     started = time.perf_counter()
@@ -116,30 +120,32 @@ def _load_folder(
     checkpoint = open_checkpoint(folder, config, spec)
     index, layout = checkpoint.index, checkpoint.layout
     defaults = _generation_defaults(folder)
-    torch_dtype = choose_dtype(dtype, checkpoint=spec.dtype or index.main_dtype, device=device)
+    vision = _vision_input(folder, spec, device, options)
+    dtype = choose_dtype(options.dtype, checkpoint=spec.dtype or index.main_dtype, device=device)
     survey = HeaderSurvey(index, layout)
-    _build_from_headers(architecture, spec, survey, adapter, torch_dtype)
+    _build_from_headers(architecture, spec, survey, adapter, dtype)
     ignored = checkpoint.account_for(survey.unread())
     budget = fit(
         spec,
         weight_bytes=survey.weight_bytes,
-        bytes_per_value=torch_dtype.itemsize,
-        memory_bytes=free_bytes(device) if memory_limit is None else memory_limit,
-        context_tokens=context_tokens,
-        max_batch=max_batch,
+        bytes_per_value=dtype.itemsize,
+        memory_bytes=memory_bytes,
+        context_tokens=options.context_tokens,
+        max_batch=options.max_batch,
     )
     tokenizer, template = _text_side(folder, spec)
-    with byte_progress(f"Loading {folder.name}", survey.read_bytes, show=progress) as advance:
+    with byte_progress(f"Loading {folder.name}", survey.read_bytes, show=options.progress) as advance:
         backend = _on_passing_thread(
             lambda advance: architecture.build(
                 spec,
                 _adapted(TensorReader(index, layout, advance=advance), adapter),
-                dtype=torch_dtype,
+                dtype=dtype,
                 device=device,
                 context_tokens=budget.context_tokens,
             ),
             advance,
         )
+    num_token_ids = tokenizer.size if tokenizer is not None else spec.vocab_size
     return LoadedModel(
         name=name,
         spec=spec,
@@ -147,10 +153,11 @@ def _load_folder(
             backend,
             num_slots=budget.max_batch,
             context_tokens=budget.context_tokens,
-            num_token_ids=tokenizer.size if tokenizer is not None else spec.vocab_size,
+            num_token_ids=num_token_ids,
         ),
         tokenizer=tokenizer,
         template=template,
+        vision=vision,
         defaults=defaults,
         stop_token_ids=_stop_token_ids(spec, defaults, tokenizer),
         context_tokens=budget.context_tokens,
@@ -161,10 +168,11 @@ def _load_folder(
             weight_bytes=survey.weight_bytes,
             load_seconds=time.perf_counter() - started,
             device=str(device),
-            dtype=str(torch_dtype).removeprefix("torch."),
+            dtype=str(dtype).removeprefix("torch."),
             ignored=ignored,
             unknown_config_keys=spec.unknown_keys,
             adapter=None if adapter is None else str(adapter.folder),
+            max_pixels=None if vision is None else vision.max_pixels,
         ),
     )
 
@@ -202,6 +210,50 @@ def _on_passing_thread(build: Callable[[Advance], Backend], advance: Advance) ->
         except BaseException:
             stopping.set()
             raise
+
+
+def _vision_input(folder: Path, spec: ModelSpec, device: torch.device, options: LoadOptions) -> VisionInput | None:
+    """How the model takes media: as its processor's files say, and with fewer pixels where it runs on a CPU."""
+    max_pixels = options.max_pixels
+    if not isinstance(options.media_limits, MediaLimits | None):
+        raise InvalidRequestError(
+            f"media_limits must be MediaLimits, not {type(options.media_limits).__name__}",
+            hint="e.g. ernie45.MediaLimits(max_bytes=5_000_000)",
+        )
+    if spec.vision is None:
+        for name, value in (("max_pixels", max_pixels), ("media_limits", options.media_limits)):
+            if value is not None:
+                raise UnsupportedError(
+                    f"{name}= was given, but this model reads text only", hint="leave it out for a text model"
+                )
+        return None
+    settings = read_settings(folder)
+    least = settings.factor**2
+    if max_pixels is not None and (
+        isinstance(max_pixels, bool) or not isinstance(max_pixels, int) or max_pixels < least
+    ):
+        raise InvalidRequestError(
+            f"max_pixels must be a whole number from {least}, not {max_pixels!r}", hint="leave it out for the default"
+        )
+    if (settings.patch_size, settings.merge_size) != (spec.vision.patch_size, spec.vision.spatial_merge_size):
+        raise ConfigError(
+            f"the processor's files have patches of {settings.patch_size} pixels, {settings.merge_size} to a side of a"
+            f" token, but config.json has {spec.vision.patch_size} and {spec.vision.spatial_merge_size}",
+            hint="they belong to another model: fetch the checkpoint's files again",
+        )
+    font = folder / FONT_NAME
+    on_cpu = device.type == "cpu"
+    default_pixels = min(settings.max_pixels, CPU_MAX_PIXELS) if on_cpu else settings.max_pixels
+    default_frame_pixels = settings.max_frame_pixels
+    if on_cpu:
+        default_frame_pixels = min(default_frame_pixels, max(settings.min_frame_pixels, CPU_MAX_FRAME_PIXELS))
+    return VisionInput(
+        settings=settings,
+        max_pixels=max_pixels or default_pixels,
+        max_frame_pixels=min(max_pixels, settings.max_frame_pixels) if max_pixels else default_frame_pixels,
+        limits=options.media_limits or MediaLimits(),
+        font=font if font.is_file() else None,
+    )
 
 
 def _adapter_folder(adapter: str | os.PathLike[str]) -> Path:

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias, final
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, final
 
 from typing_extensions import Self, Unpack
 
 from ernie45.errors import InvalidRequestError
-from ernie45.loading import LoadedModel, MemoryLimit, load
-from ernie45.options import RequestMaker, limit_thinking, stop_texts
-from ernie45.prompting import Prompter, no_tokenizer
-from ernie45.replies import AsyncReplyStream, Reply, ReplyStream, collect, collect_async
+from ernie45.loading import LoadedModel, LoadOptions, MemoryLimit, load
+from ernie45.options import RequestMaker, checked_items, limit_thinking, naming, stop_texts
+from ernie45.prompting import Prompter, no_tokenizer, preview_media
+from ernie45.replies import (
+    AsyncReplyStream,
+    Reply,
+    ReplyStream,
+    as_completion,
+    as_completion_chunk,
+    as_it_is,
+    collect,
+    collect_async,
+)
 from ernie45.scoring import prompt_logits, prompt_score
 from ernie45.spec import ModelSpec
 from ernie45.tokenizer import TextAssembler, Tokenizer
+from ernie45.types.limits import MediaLimits
 from ernie45.types.messages import Conversation
+from ernie45.types.previews import MediaPreview
 from ernie45.types.prompts import Prompt
 from ernie45.types.reports import LoadReport
 from ernie45.types.requests import SamplingOptions, TokenRequest
@@ -27,6 +38,7 @@ from ernie45.types.results import ChatChunk, ChatCompletion, Completion, Complet
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T")
 PromptLike: TypeAlias = str | Sequence[int] | Prompt
 
 
@@ -44,7 +56,10 @@ class ErnieModel:
         """Not for direct use: see `from_pretrained` and `ernie45.testing.scripted_model`."""
         self._loaded = loaded
         self._prompter = Prompter(
-            tokenizer=loaded.tokenizer, template=loaded.template, vocab_size=loaded.spec.vocab_size
+            tokenizer=loaded.tokenizer,
+            template=loaded.template,
+            vocab_size=loaded.spec.vocab_size,
+            vision=loaded.vision,
         )
         self._requests = RequestMaker(
             defaults=loaded.defaults, stop_token_ids=loaded.stop_token_ids, context_tokens=loaded.context_tokens
@@ -64,6 +79,8 @@ class ErnieModel:
         context_tokens: int | None = None,
         max_batch: int | None = None,
         adapter: str | os.PathLike[str] | None = None,
+        max_pixels: int | None = None,
+        media_limits: MediaLimits | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
@@ -80,6 +97,9 @@ class ErnieModel:
             context_tokens: longest prompt + reply in tokens; None is 8192, the model's maximum or what fits.
             max_batch: how many requests run at a time, others wait; None is 32 or what fits.
             adapter: folder of a LoRA adapter that PEFT saved; it is merged into the weights while they are read.
+            max_pixels: most pixels a picture is resized to (a frame of a clip at most to the checkpoint's own limit);
+                None is the checkpoint's, on a CPU about a million (`preview` says what a picture costs).
+            media_limits: what is refused of pictures and clips from outside, such as URLs of private addresses.
             revision: branch, tag or commit of a Hub id.
             cache_dir: where downloads go; None is huggingface_hub's cache.
             local_files_only: use what is cached and no network.
@@ -92,8 +112,7 @@ class ErnieModel:
             UnsupportedError: this machine or version cannot serve a device, dtype or preset.
             InvalidRequestError: an argument of the wrong kind or range.
         """
-        loaded = load(
-            name_or_path,
+        options = LoadOptions(
             quantization=quantization,
             device=device,
             dtype=dtype,
@@ -101,13 +120,15 @@ class ErnieModel:
             context_tokens=context_tokens,
             max_batch=max_batch,
             adapter=adapter,
+            max_pixels=max_pixels,
+            media_limits=media_limits,
             revision=revision,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             token=token,
             progress=progress,
         )
-        return cls(loaded)
+        return cls(load(name_or_path, options))
 
     # Completion
 
@@ -118,11 +139,11 @@ class ErnieModel:
             InvalidRequestError: a prompt or option that cannot be used.
             ContextLengthError: prompt and `max_new_tokens` do not fit the context.
         """
-        return _completion(collect([self._reply(self._prompter.from_prompt(prompt), options)])[0])
+        return as_completion(collect([self._reply(self._prompter.from_prompt(prompt), options)])[0])
 
     def stream_generate(self, prompt: PromptLike, **options: Unpack[SamplingOptions]) -> ReplyStream[CompletionChunk]:
         """Like `generate`, chunk by chunk; a chunk comes for every token. Leaving the loop cancels."""
-        return ReplyStream(self._reply(self._prompter.from_prompt(prompt), options), _completion_chunk, owner=self)
+        return ReplyStream(self._reply(self._prompter.from_prompt(prompt), options), as_completion_chunk, owner=self)
 
     def batch_generate(
         self, prompts: Sequence[PromptLike | Mapping[str, Any]], **options: Unpack[SamplingOptions]
@@ -131,23 +152,25 @@ class ErnieModel:
 
         An item may be `{"prompt": …, option: …}`; its options go before the shared ones.
         """
-        return [_completion(done) for done in collect(self._prompt_replies(prompts, options))]
+        return [as_completion(done) for done in collect(self._prompt_replies(prompts, options))]
 
     async def agenerate(self, prompt: PromptLike, **options: Unpack[SamplingOptions]) -> Completion:
         """The async twin of `generate`; cancelling the task cancels the reply."""
-        return _completion((await collect_async([self._reply(self._prompter.from_prompt(prompt), options)]))[0])
+        return as_completion((await collect_async([self._reply(self._prompter.from_prompt(prompt), options)]))[0])
 
     def astream_generate(
         self, prompt: PromptLike, **options: Unpack[SamplingOptions]
     ) -> AsyncReplyStream[CompletionChunk]:
         """The async twin of `stream_generate`: `async for chunk in model.astream_generate(…)`."""
-        return AsyncReplyStream(self._reply(self._prompter.from_prompt(prompt), options), _completion_chunk, owner=self)
+        return AsyncReplyStream(
+            self._reply(self._prompter.from_prompt(prompt), options), as_completion_chunk, owner=self
+        )
 
     async def abatch_generate(
         self, prompts: Sequence[PromptLike | Mapping[str, Any]], **options: Unpack[SamplingOptions]
     ) -> list[Completion]:
         """The async twin of `batch_generate`."""
-        return [_completion(done) for done in await collect_async(self._prompt_replies(prompts, options))]
+        return [as_completion(done) for done in await collect_async(self._prompt_replies(prompts, options))]
 
     # Chat
 
@@ -181,7 +204,7 @@ class ErnieModel:
         **options: Unpack[SamplingOptions],
     ) -> ReplyStream[ChatChunk]:
         """Like `chat`, chunk by chunk; a chunk comes for every token. Leaving the loop cancels."""
-        return ReplyStream(self._chat_reply(messages, options, thinking, thinking_budget), _as_is, owner=self)
+        return ReplyStream(self._chat_reply(messages, options, thinking, thinking_budget), as_it_is, owner=self)
 
     def batch_chat(
         self,
@@ -192,7 +215,8 @@ class ErnieModel:
         **options: Unpack[SamplingOptions],
     ) -> list[ChatCompletion]:
         """Answer many conversations at once; results in order, each the same as alone."""
-        return collect(self._chat_replies(conversations, options, thinking, thinking_budget))
+        pairs = self._rendered(conversations, options, thinking)
+        return collect(self._replies(pairs, "conversations", thinking_budget))
 
     async def achat(
         self,
@@ -203,7 +227,8 @@ class ErnieModel:
         **options: Unpack[SamplingOptions],
     ) -> ChatCompletion:
         """The async twin of `chat`; cancelling the task cancels the reply."""
-        return (await collect_async([self._chat_reply(messages, options, thinking, thinking_budget)]))[0]
+        prompt = await self._aside(lambda: self.render(messages, thinking=thinking))
+        return (await collect_async([self._reply(prompt, options, thinking_budget)]))[0]
 
     def astream_chat(
         self,
@@ -213,8 +238,11 @@ class ErnieModel:
         thinking_budget: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> AsyncReplyStream[ChatChunk]:
-        """The async twin of `stream_chat`: `async for chunk in model.astream_chat(…)`."""
-        return AsyncReplyStream(self._chat_reply(messages, options, thinking, thinking_budget), _as_is, owner=self)
+        """The async twin of `stream_chat`: `async for chunk in model.astream_chat(…)`.
+
+        Pictures and clips are opened before it returns; open those that take long, such as URLs, beforehand.
+        """
+        return AsyncReplyStream(self._chat_reply(messages, options, thinking, thinking_budget), as_it_is, owner=self)
 
     async def abatch_chat(
         self,
@@ -225,13 +253,26 @@ class ErnieModel:
         **options: Unpack[SamplingOptions],
     ) -> list[ChatCompletion]:
         """The async twin of `batch_chat`."""
-        return await collect_async(self._chat_replies(conversations, options, thinking, thinking_budget))
+        pairs = await self._aside(lambda: self._rendered(conversations, options, thinking))
+        return await collect_async(self._replies(pairs, "conversations", thinking_budget))
 
     # Looking inside
 
     def render(self, messages: Conversation, *, thinking: bool | None = None) -> Prompt:
         """The prompt that `chat` would send: its text and token ids."""
         return self._prompter.from_messages(messages, thinking=thinking)
+
+    def preview(self, messages: Conversation) -> list[MediaPreview]:
+        """What each picture and clip of a conversation will cost: tokens, memory and estimated seconds, in order.
+
+        They are opened, not encoded. The first call measures for a moment how fast this machine computes.
+
+        Raises:
+            InvalidRequestError: messages that cannot be used, or a picture or clip that cannot be read (`MediaError`).
+            UnsupportedError: there is a picture or clip, and the model reads text only.
+        """
+        report = self._loaded.report
+        return preview_media(messages, self._prompter, spec=self.spec, device=report.device, dtype=report.dtype)
 
     def logits(self, prompt: PromptLike, positions: Sequence[int] | None = None) -> Tensor:
         """Raw float32 logits [T, V] after each token of a prompt, or [n, V] of the `positions` asked for
@@ -308,29 +349,29 @@ class ErnieModel:
         self, prompts: Sequence[PromptLike | Mapping[str, Any]], shared: SamplingOptions
     ) -> list[Reply]:
         pairs: list[tuple[Prompt, Mapping[str, Any]]] = []
-        for index, item in enumerate(_items(prompts, "prompts")):
+        for index, item in enumerate(checked_items(prompts, "prompts")):
             own: dict[str, Any] = {}
             if isinstance(item, Mapping):
                 own = dict(item)
                 if "prompt" not in own:
                     raise InvalidRequestError(f"prompts[{index}] has no 'prompt'", hint='write {"prompt": …, …}')
                 item = own.pop("prompt")
-            with _naming(f"prompts[{index}]"):
+            with naming(f"prompts[{index}]"):
                 pairs.append((self._prompter.from_prompt(item), {**shared, **own}))
         return self._replies(pairs, "prompts")
 
-    def _chat_replies(
-        self,
-        conversations: Sequence[Conversation],
-        options: SamplingOptions,
-        thinking: bool | None,
-        thinking_budget: int | None,
-    ) -> list[Reply]:
+    def _rendered(
+        self, conversations: Sequence[Conversation], options: SamplingOptions, thinking: bool | None
+    ) -> list[tuple[Prompt, Mapping[str, Any]]]:
         pairs: list[tuple[Prompt, Mapping[str, Any]]] = []
-        for index, conversation in enumerate(_items(conversations, "conversations")):
-            with _naming(f"conversations[{index}]"):
+        for index, conversation in enumerate(checked_items(conversations, "conversations")):
+            with naming(f"conversations[{index}]"):
                 pairs.append((self.render(conversation, thinking=thinking), options))
-        return self._replies(pairs, "conversations", thinking_budget)
+        return pairs
+
+    async def _aside(self, make: Callable[[], T]) -> T:
+        """What `make` gives, without holding up the event loop where it may open pictures."""
+        return make() if self._loaded.vision is None else await asyncio.to_thread(make)
 
     def _replies(
         self, pairs: Sequence[tuple[Prompt, Mapping[str, Any]]], what: str, thinking_budget: int | None = None
@@ -338,7 +379,7 @@ class ErnieModel:
         """Start all, after every prompt and option was checked."""
         prepared = []
         for index, (prompt, options) in enumerate(pairs):
-            with _naming(f"{what}[{index}]"):
+            with naming(f"{what}[{index}]"):
                 prepared.append(self._prepared(prompt, options, thinking_budget))
         started: list[Reply] = []
         try:
@@ -375,44 +416,3 @@ class ErnieModel:
             assembler=assembler,
             with_logprobs=request.sampling.logprobs is not None,
         )
-
-
-def _items(items: Sequence[Any], what: str) -> Sequence[Any]:
-    if isinstance(items, (str, bytes)) or not isinstance(items, Sequence):
-        raise InvalidRequestError(f"{what} must be a list, not {type(items).__name__}", hint=f"write [{what[:-1]}, …]")
-    if not items:
-        raise InvalidRequestError(f"the list of {what} is empty", hint="give at least one")
-    return items
-
-
-@contextmanager
-def _naming(item: str) -> Iterator[None]:
-    """Put the item's place in a list before the message of what is wrong with it."""
-    try:
-        yield
-    except InvalidRequestError as error:
-        raise type(error)(f"{item}: {error.message}", hint=error.hint) from error
-
-
-def _as_is(chunk: ChatChunk) -> ChatChunk:
-    return chunk
-
-
-def _completion_chunk(chunk: ChatChunk) -> CompletionChunk:
-    return CompletionChunk(
-        text=chunk.text,
-        token_ids=chunk.token_ids,
-        logprobs=chunk.logprobs,
-        finish_reason=chunk.finish_reason,
-        usage=chunk.usage,
-    )
-
-
-def _completion(done: ChatCompletion) -> Completion:
-    return Completion(
-        text=done.text,
-        token_ids=done.token_ids,
-        finish_reason=done.finish_reason,
-        usage=done.usage,
-        logprobs=done.logprobs,
-    )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,8 +46,9 @@ class RequestMaker:
             stop_token_ids |= self.stop_token_ids
         return TokenRequest(
             token_ids=prompt.token_ids,
+            media=prompt.media,
             sampling=Sampling(**{**defaults, **given}),
-            max_new_tokens=self._max_new_tokens(len(prompt), options.get("max_new_tokens")),
+            max_new_tokens=self._max_new_tokens(prompt, options.get("max_new_tokens")),
             stop_token_ids=stop_token_ids,
             thinking_limit=thinking_limit,
         )
@@ -55,23 +57,50 @@ class RequestMaker:
         """The prompt itself, if it fits the context. Raises ContextLengthError."""
         if len(prompt) > self.context_tokens:
             raise ContextLengthError(
-                f"{len(prompt)} tokens do not fit the context of {self.context_tokens} tokens",
-                hint="shorten the text, or load with a larger context_tokens=",
+                f"{_counted(prompt)} do not fit the context of {self.context_tokens} tokens",
+                hint=f"{_shorten(prompt)}, or load with a larger context_tokens=",
             )
         return prompt
 
-    def _max_new_tokens(self, num_prompt_tokens: int, wanted: object) -> int:
+    def _max_new_tokens(self, prompt: Prompt, wanted: object) -> int:
         if wanted is not None and (isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1):
             raise InvalidRequestError(
                 f"max_new_tokens must be a whole number from 1, not {wanted!r}", hint="leave it out for 512"
             )
-        if num_prompt_tokens + (wanted or 1) > self.context_tokens:
+        if len(prompt) + (wanted or 1) > self.context_tokens:
             raise ContextLengthError(
-                f"{num_prompt_tokens} prompt tokens and {wanted or 'at least 1'} new ones do not fit "
+                f"{_counted(prompt)} and {wanted or 'at least 1'} new ones do not fit "
                 f"the context of {self.context_tokens} tokens",
-                hint="shorten the prompt, lower max_new_tokens=, or load with a larger context_tokens=",
+                hint=f"{_shorten(prompt)}, lower max_new_tokens=, or load with a larger context_tokens=",
             )
-        return wanted or min(DEFAULT_MAX_NEW_TOKENS, self.context_tokens - num_prompt_tokens)
+        return wanted or min(DEFAULT_MAX_NEW_TOKENS, self.context_tokens - len(prompt))
+
+
+def _counted(prompt: Prompt) -> str:
+    of_media = sum(item.media.num_tokens for item in prompt.media)
+    return f"{len(prompt)} prompt tokens" + (f" ({of_media} of pictures and clips)" if of_media else "")
+
+
+def _shorten(prompt: Prompt) -> str:
+    return "lower max_pixels=, give fewer pictures or a shorter clip" if prompt.media else "shorten the prompt"
+
+
+def checked_items(items: Sequence[Any], what: str) -> Sequence[Any]:
+    """The `prompts` or `conversations` (`what`) of a batch. Raises InvalidRequestError: not a list, or empty."""
+    if isinstance(items, (str, bytes)) or not isinstance(items, Sequence):
+        raise InvalidRequestError(f"{what} must be a list, not {type(items).__name__}", hint=f"write [{what[:-1]}, …]")
+    if not items:
+        raise InvalidRequestError(f"the list of {what} is empty", hint="give at least one")
+    return items
+
+
+@contextmanager
+def naming(item: str) -> Iterator[None]:
+    """Put the item's place in a list before the message of what is wrong with it."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        raise type(error)(f"{item}: {error.message}", hint=error.hint) from error
 
 
 def stop_texts(options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -95,8 +124,8 @@ def limit_thinking(budget: int, prompt: Prompt, tokenizer: Tokenizer) -> Thinkin
     """
     if not prompt.thinking:
         raise UnsupportedError(
-            "thinking_budget= was given, but this checkpoint does not think: its chat template opens no <think>",
-            hint="leave thinking_budget= out, or load a Thinking checkpoint, such as ERNIE-4.5-21B-A3B-Thinking",
+            "thinking_budget= was given, but the reply does not think: the chat template opened no <think>",
+            hint="thinking=True asks for it, where the checkpoint can; else leave thinking_budget= out",
         )
     end_ids = tokenizer.encode(THINK_END)
     if len(end_ids) != 1:

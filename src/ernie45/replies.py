@@ -12,7 +12,16 @@ from typing_extensions import Self
 
 from ernie45.runners.base import Handle, wait_until_ready
 from ernie45.tokenizer import TextAssembler, TextDelta
-from ernie45.types.results import ChatChunk, ChatCompletion, FinishReason, TokenEvent, TokenLogprob, Usage
+from ernie45.types.results import (
+    ChatChunk,
+    ChatCompletion,
+    Completion,
+    CompletionChunk,
+    FinishReason,
+    TokenEvent,
+    TokenLogprob,
+    Usage,
+)
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -187,6 +196,31 @@ class AsyncReplyStream(Generic[T_co]):
     def __del__(self) -> None:
         if not self._reply.finished:
             self._reply.cancel()
+
+
+def as_it_is(chunk: ChatChunk) -> ChatChunk:
+    """For streams of chats, whose chunks need no conversion."""
+    return chunk
+
+
+def as_completion_chunk(chunk: ChatChunk) -> CompletionChunk:
+    return CompletionChunk(
+        text=chunk.text,
+        token_ids=chunk.token_ids,
+        logprobs=chunk.logprobs,
+        finish_reason=chunk.finish_reason,
+        usage=chunk.usage,
+    )
+
+
+def as_completion(done: ChatCompletion) -> Completion:
+    return Completion(
+        text=done.text,
+        token_ids=done.token_ids,
+        finish_reason=done.finish_reason,
+        usage=done.usage,
+        logprobs=done.logprobs,
+    )
 
 
 def collect(replies: Sequence[Reply]) -> list[ChatCompletion]:

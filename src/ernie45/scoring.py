@@ -50,6 +50,11 @@ def prompt_score(runner: Runner, prompt: Prompt) -> Score:
     Raises:
         InvalidRequestError: fewer than two tokens.
     """
+    if prompt.media:
+        raise InvalidRequestError(
+            f"a score is of text, and the prompt holds {len(prompt.media)} pictures or clips",
+            hint="logits() takes what render() gives, pictures included",
+        )
     if len(prompt) < 2:
         raise InvalidRequestError(
             f"a score needs at least two tokens, not {len(prompt)}",
@@ -70,7 +75,9 @@ def prompt_score(runner: Runner, prompt: Prompt) -> Score:
 
 def _scoring_chunks(runner: Runner, prompt: Prompt, positions: Sequence[int]) -> Iterator[Tensor]:
     """Logits of ascending `positions`, a chunk of the prompt at a time, on the CPU."""
-    handle = runner.submit(TokenRequest(token_ids=prompt.token_ids, logit_positions=tuple(positions)))
+    handle = runner.submit(
+        TokenRequest(token_ids=prompt.token_ids, media=prompt.media, logit_positions=tuple(positions))
+    )
     try:
         while True:
             while (event := handle.poll()) is None:

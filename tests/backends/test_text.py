@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ernie45.backends.base import Batch, KVCache, Row
-from ernie45.backends.decoder import DenseMLP, ExpertMLP, Router
+from ernie45.backends.decoder import DenseMLP, ExpertBank, Router
 from ernie45.backends.text import TextBackend, build_text
 from ernie45.kernels.linear import Linear, packs
 from ernie45.kernels.ops import route
@@ -162,7 +162,7 @@ class CountingTable(Sequence[DenseMLP]):
         return self.experts[number]
 
 
-def random_experts(num_experts: int, correction: Tensor | None = None) -> ExpertMLP:
+def random_experts(num_experts: int, correction: Tensor | None = None) -> ExpertBank:
     generator = torch.Generator().manual_seed(2)
 
     def random(*shape: int) -> Tensor:
@@ -170,26 +170,26 @@ def random_experts(num_experts: int, correction: Tensor | None = None) -> Expert
 
     experts = [DenseMLP(gate_up=Linear(random(32, 24)), down=Linear(random(24, 16))) for _ in range(num_experts)]
     router = Router(weight=random(num_experts, 24), correction=correction, experts_per_token=2, norm_min=1e-12)
-    return ExpertMLP(router=router, experts=CountingTable(experts), shared=None)
+    return ExpertBank(router=router, experts=CountingTable(experts))
 
 
 def test_only_chosen_experts_are_looked_up_and_each_once() -> None:
-    mlp = random_experts(16)
+    bank = random_experts(16)
     x = torch.randn(3, 24, generator=torch.Generator().manual_seed(3))
-    mlp(x)
-    chosen, _ = mlp.router(x)
-    assert mlp.experts.looked_up == sorted(set(chosen.flatten().tolist()))  # type: ignore[attr-defined]
+    bank(x)
+    chosen, _ = bank.router(x)
+    assert bank.experts.looked_up == sorted(set(chosen.flatten().tolist()))  # type: ignore[attr-defined]
 
 
 def test_experts_are_summed_by_the_shares_of_the_router() -> None:
-    mlp = random_experts(5)
+    bank = random_experts(5)
     x = torch.randn(7, 24, generator=torch.Generator().manual_seed(4))
-    chosen, shares = mlp.router(x)
+    chosen, shares = bank.router(x)
     expected = torch.stack(
-        [sum(share * mlp.experts[int(e)](row[None])[0] for e, share in zip(es, ss, strict=True))
+        [sum(share * bank.experts[int(e)](row[None])[0] for e, share in zip(es, ss, strict=True))
          for row, es, ss in zip(x, chosen, shares, strict=True)]
     )  # fmt: skip
-    torch.testing.assert_close(mlp(x), expected)
+    torch.testing.assert_close(bank(x), expected)
 
 
 def test_the_correction_moves_the_choice_and_not_the_shares() -> None:

@@ -15,8 +15,21 @@ from ernie45.checkpoint import read
 from ernie45.checkpoint.headers import read_headers, read_json
 from ernie45.checkpoint.layouts import Layout, detect_layout
 from ernie45.checkpoint.read import TensorReader
+from ernie45.errors import TensorError
 from ernie45.spec import parse_spec
-from tests.paddle_files import CONFIG, EXPERTS, Array, FileLayout, FloatDtype, lay_out, random_pt, write_checkpoint
+from tests.paddle_files import (
+    CONFIG,
+    EXPERTS,
+    Array,
+    FileLayout,
+    FloatDtype,
+    lay_out,
+    random_pt,
+    write_checkpoint,
+    write_stored,
+)
+from tests.vl_files import PaddleNames, hub_config, hub_tensors, write_hub, write_paddle
+from tests.vl_models import random_reference
 
 MOE = {**CONFIG, **EXPERTS}
 CASES: dict[str, tuple[dict[str, Any], dict[str, bool]]] = {
@@ -142,3 +155,60 @@ def test_the_logits_are_those_of_the_pt_files(tmp_path: Path, case: str) -> None
     assert logits[0].std() > 0.1
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
+
+
+# Vision-language models
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    return random_reference(text={"num_hidden_layers": 2, "tie_word_embeddings": False}, tie_word_embeddings=False)
+
+
+def torch_oriented(reference: Any) -> dict[str, Array]:
+    """Its tensors by their -PT names, every linear weight [out, in]."""
+    return {name: values.T if ".mlp.gate." in name else values for name, values in hub_tensors(reference).items()}
+
+
+def check_vision_folder(folder: Path, layout: str, wanted: Mapping[str, Array]) -> None:
+    reader, found = open_folder(folder)
+    assert found.name == layout
+    for name, values in read_all(reader, wanted).items():
+        assert name in reader
+        assert np.array_equal(values.numpy(), wanted[name]), name
+    held = [(name, key) for key in read_headers(folder).tensors for name in found.names_in(key)]
+    assert sorted(name for name, _ in held) == sorted(wanted)
+    assert all(found.locate(name).key == key for name, key in held)
+
+
+def test_a_published_vision_language_model_comes_back(tmp_path: Path, reference: Any) -> None:
+    check_vision_folder(write_hub(tmp_path, reference, num_shards=2), "pt", torch_oriented(reference))
+
+
+def test_transformers_own_form_comes_back(tmp_path: Path, reference: Any) -> None:
+    reference.save_pretrained(tmp_path)
+    assert any(key.startswith("model.vision_model.") for key in read_headers(tmp_path).tensors)
+    check_vision_folder(tmp_path, "pt", torch_oriented(reference))
+
+
+@pytest.mark.parametrize("names", ["ernie.", "ernie. before the tower too", "bare resampler"])
+def test_a_vision_language_model_of_paddle_comes_back(tmp_path: Path, reference: Any, names: PaddleNames) -> None:
+    check_vision_folder(write_paddle(tmp_path, reference, names=names), "paddle", torch_oriented(reference))
+
+
+@pytest.mark.parametrize(
+    ("moved", "to"),
+    [
+        ("vision_model.ln.weight", "ernie.vision_model.ln.weight"),
+        ("ernie.resampler_model.mlp.bias", "resampler_model.mlp.bias"),
+    ],
+)
+def test_parts_under_two_prefixes_are_a_contradiction(tmp_path: Path, reference: Any, moved: str, to: str) -> None:
+    write_paddle(tmp_path / "whole", reference)
+    index = read_headers(tmp_path / "whole")
+    stored = {key: np.zeros(info.shape, dtype=np.float32) for key, info in index.tensors.items()}
+    stored[to] = stored.pop(moved)
+    folder = write_stored(tmp_path / "mixed", stored, {**hub_config(reference), "paddleformers_version": "0.1"})
+    with pytest.raises(TensorError, match="some tensor names begin with") as caught:
+        open_folder(folder)
+    assert caught.value.hint

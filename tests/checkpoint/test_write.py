@@ -47,7 +47,7 @@ def index(tmp_path: Path) -> CheckpointIndex:
 
 
 def shards_of(index: CheckpointIndex, max_shard_bytes: int) -> tuple[Shard, ...]:
-    return plan_shards(plan_units(index, PtLayout(), index.tensors), max_shard_bytes)
+    return plan_shards(plan_units(index, PtLayout(), index.tensors, PtLayout()), max_shard_bytes)
 
 
 def write_shard(path: Path, shard: Shard, index: CheckpointIndex) -> None:
@@ -57,7 +57,7 @@ def write_shard(path: Path, shard: Shard, index: CheckpointIndex) -> None:
 
 
 def test_units_are_in_the_model_s_order(index: CheckpointIndex) -> None:
-    units = plan_units(index, PtLayout(), index.tensors)
+    units = plan_units(index, PtLayout(), index.tensors, PtLayout())
     assert [list(unit.rows) for unit in units] == [
         ["model.embed_tokens.weight"],
         ["model.layers.2.mlp.gate.weight"],
@@ -72,11 +72,21 @@ def test_parts_of_another_dtype_are_read_by_themselves(tmp_path: Path) -> None:
     odd = {**TENSORS, "model.layers.2.self_attn.k_proj.weight": torch.ones(1, 3)}
     save_file(odd, tmp_path / "model.safetensors")
     index = read_headers(tmp_path)
-    parts = [set(unit.rows) for unit in plan_units(index, PtLayout(), index.tensors)]
+    parts = [set(unit.rows) for unit in plan_units(index, PtLayout(), index.tensors, PtLayout())]
     assert {"model.layers.2.self_attn.k_proj.weight"} in parts
     (shard,) = shards_of(index, 10**9)
     write_shard(tmp_path / "out.safetensors", shard, index)
     assert_equal(load_file(tmp_path / "out.safetensors"), odd)
+
+
+def test_the_routers_of_two_banks_are_written_the_other_way_round(index: CheckpointIndex, tmp_path: Path) -> None:
+    gate = "model.layers.2.mlp.gate.weight"
+    units = plan_units(index, PtLayout(), index.tensors, PtLayout(has_two_banks=True))
+    assert [unit.transposed for unit in units if gate in unit.rows] == [True]
+    assert sum(unit.transposed for unit in units) == 1
+    (shard,) = plan_shards(units, 10**9)
+    write_shard(tmp_path / "out.safetensors", shard, index)
+    assert_equal(load_file(tmp_path / "out.safetensors"), {**TENSORS, gate: TENSORS[gate].T})
 
 
 def test_one_file_is_what_safetensors_reads(index: CheckpointIndex, tmp_path: Path) -> None:

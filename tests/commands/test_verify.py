@@ -18,6 +18,7 @@ from ernie45.commands.convert import convert
 from ernie45.commands.verify import verify
 from ernie45.commands.verify_report import VerifyReport
 from ernie45.errors import ModelNotFoundError
+from ernie45.types.prompts import Prompt
 
 MakeCheckpoint = Callable[..., Path]
 
@@ -41,10 +42,10 @@ def fates(report: VerifyReport) -> dict[str, str]:
 def test_a_good_folder(small_folder_path: Path) -> None:
     report = verify(small_folder_path, progress=False)
     assert report.is_good
-    assert report.comparison is not None
-    assert report.comparison.is_close
-    assert 0 <= report.comparison.max_difference < 1e-5
-    assert (report.comparison.num_equal_ids, report.comparison.num_positions) == (16, 16)
+    (comparison,) = report.comparisons
+    assert comparison.is_close
+    assert 0 <= comparison.max_difference < 1e-5
+    assert (comparison.of, comparison.num_equal_ids, comparison.num_positions) == ("text", 16, 16)
     assert report.layout == "pt"
     assert report.dtypes == {"F32": (20, 4 * 37_024)}
     assert report.parameters == "37,024 by the headers; as many by config.json"
@@ -70,7 +71,7 @@ def test_every_missing_tensor_is_named(source: Path) -> None:
     for name, problem in zip(missing, report.problems, strict=True):
         assert f"spoilt has no tensor '{name.replace('__', '.')}'" in problem
     assert fates(report)["model.layers.*.self_attn.q_proj.weight"] == "read"  # its neighbour in one matrix
-    assert report.comparison is None
+    assert report.comparisons == ()
     assert "because of the problems" in str(report)
     assert str(source.parent) not in str(report)
 
@@ -94,8 +95,8 @@ def test_a_wrong_shape_is_named(source: Path) -> None:
 def test_paddle_folders_are_compared_through_a_converted_one(shared_fixtures: Path, name: str) -> None:
     report = verify(shared_fixtures / "paddle" / name, progress=False)
     assert report.is_good, report.problems
-    assert report.comparison is not None
-    assert "convert" in report.comparison.through
+    (comparison,) = report.comparisons
+    assert "convert" in comparison.through
     assert report.layout == ("paddleformers" if "pf1.2" in name else "paddle")
     prefix = "model" if "pf1.2" in name else "ernie"
     found = fates(report)
@@ -113,12 +114,12 @@ def test_paddle_folders_are_compared_through_a_converted_one(shared_fixtures: Pa
 def test_other_logits_than_transformers_are_a_problem(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = comparison._their_logits
 
-    def shifted(folder: Path, ids: list[int]) -> torch.Tensor:
-        return real(folder, ids).roll(1, dims=-1)
+    def shifted(folder: Path, prompts: list[Prompt]) -> list[torch.Tensor]:
+        return [logits.roll(1, dims=-1) for logits in real(folder, prompts)]
 
     monkeypatch.setattr(comparison, "_their_logits", shifted)
     report = verify(source, progress=False)
-    assert report.problems == ("the logits are not transformers'",)
+    assert report.problems == ("the logits of text are not transformers'",)
     assert "FARTHER APART" in str(report)
 
 
@@ -126,7 +127,7 @@ def test_without_room_it_says_how_much_it_takes(source: Path, monkeypatch: pytes
     monkeypatch.setattr(comparison, "free_bytes", lambda device: 1_000_000)
     report = verify(source, progress=False)
     assert report.is_good
-    assert report.comparison is None
+    assert report.comparisons == ()
     assert "about 500,185,120 bytes of memory, and 1,000,000 are free" in str(report)
 
 
@@ -186,8 +187,7 @@ def test_a_converted_folder_is_good(shared_fixtures: Path, tmp_path: Path) -> No
     convert(shared_fixtures / "paddle" / "moe-300b-like", tmp_path / "out", progress=False, max_shard_bytes=300_000)
     report = verify(tmp_path / "out", progress=False)
     assert report.is_good, report.problems
-    assert report.comparison is not None
-    assert report.comparison.through == "the folder itself"
+    assert [comparison.through for comparison in report.comparisons] == ["the folder itself"]
 
 
 def test_a_model_is_shown_by_the_name_it_was_asked_for() -> None:

@@ -27,7 +27,7 @@ def draw(name: str, n: int = 80, seed: int = 7, split: str = "test") -> list[Tas
 
 
 def prompt_of(task: Task) -> str:
-    return task.messages[-1]["content"]
+    return str(task.messages[-1]["content"])
 
 
 def test_ten_tasks_of_tiny_dense() -> None:

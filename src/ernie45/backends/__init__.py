@@ -3,8 +3,20 @@
 Another package adds an architecture with `register`; what its backend needs is here and in `ernie45.spec`.
 """
 
-from ernie45.backends.base import Backend, Batch, KVCache, Row, Step
+from ernie45.backends.base import Backend, Batch, KVCache, MediaBackend, Row, Step, VisionTokens
 from ernie45.backends.registry import Architecture, BuildBackend, register
 from ernie45.checkpoint.read import TensorSource
 
-__all__ = ["Architecture", "Backend", "Batch", "BuildBackend", "KVCache", "Row", "Step", "TensorSource", "register"]
+__all__ = [
+    "Architecture",
+    "Backend",
+    "Batch",
+    "BuildBackend",
+    "KVCache",
+    "MediaBackend",
+    "Row",
+    "Step",
+    "TensorSource",
+    "VisionTokens",
+    "register",
+]

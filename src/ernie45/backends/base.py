@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ class Batch:
     """One step's work: the rows' tokens one after the other.
 
     `token_ids`, `positions` and `slots` are int64 [N], one entry a token. `wanted` [M] says at which of the N tokens
-    logits are needed.
+    logits are needed. `rotary_positions` int64 [N, 3] (time, height, width) are what the rotary embedding turns by,
+    None where that is `positions`; `vision` is None where all tokens are text.
     """
 
     rows: tuple[Row, ...]
@@ -52,6 +53,22 @@ class Batch:
     slots: Tensor
     wanted: Tensor
     cache: KVCache
+    rotary_positions: Tensor | None = None
+    vision: VisionTokens | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionTokens:
+    """Which of a batch's tokens belong to pictures or clips.
+
+    `text` and `routed` int64 say at which of the N tokens the text's and the pictures' experts work; start and end
+    markers are with the pictures. `embedded` [F] are the places of placeholders, which `features` [F, h] embed.
+    """
+
+    text: Tensor
+    routed: Tensor
+    embedded: Tensor
+    features: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,3 +91,13 @@ class Backend(Protocol):
     def device(self) -> torch.device: ...
 
     def forward(self, batch: Batch) -> Step: ...
+
+
+@runtime_checkable
+class MediaBackend(Backend, Protocol):
+    """A backend that sees: its `spec.vision` is not None."""
+
+    def encode(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Patches [P, values] of a picture, or of some frames of a clip (an even number), as `Media` holds them, with
+        their frames, rows and columns -> features [tokens, h], on the backend's device and in its dtype."""
+        ...

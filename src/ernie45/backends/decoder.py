@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ernie45.backends.base import Batch
+from ernie45.backends.base import Batch, VisionTokens
 from ernie45.kernels.linear import Linear
 from ernie45.kernels.ops import RotaryTable, attention, rms_norm, rotate, route, swiglu
 from ernie45.spec import ModelSpec
@@ -81,15 +81,14 @@ class Router:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExpertMLP:
-    """Each token goes through the K of E `experts` its router chose and, where there is one, the `shared` MLP.
+class ExpertBank:
+    """Each token goes through the K of E `experts` its router chose.
 
     Only experts that some token chose are looked up in the table.
     """
 
     router: Router
     experts: Sequence[DenseMLP]
-    shared: DenseMLP | None
 
     def __call__(self, x: Tensor) -> Tensor:
         chosen, shares = self.router(x)
@@ -98,8 +97,7 @@ class ExpertMLP:
         for expert, tokens, places in _hits(chosen):
             out = self.experts[expert](x[tokens])
             routed.index_add_(0, tokens, out * shares[tokens, places, None])
-        out = routed.to(x.dtype)
-        return out if self.shared is None else out + self.shared(x)
+        return routed.to(x.dtype)
 
 
 def _hits(chosen: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -111,6 +109,27 @@ def _hits(chosen: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertMLP:
+    """Text tokens go through the `text` bank of experts, those of pictures through `vision`, and all of them through
+    the `shared` MLP where there is one."""
+
+    text: ExpertBank
+    vision: ExpertBank | None
+    shared: DenseMLP | None
+
+    def __call__(self, x: Tensor, tokens: VisionTokens | None) -> Tensor:
+        if tokens is None:
+            out = self.text(x)
+        else:
+            assert self.vision is not None
+            out = torch.empty_like(x)
+            for bank, rows in ((self.text, tokens.text), (self.vision, tokens.routed)):
+                if len(rows):
+                    out[rows] = bank(x[rows])
+        return out if self.shared is None else out + self.shared(x)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderLayer:
     attention_norm: Norm
     attention: Attention
@@ -119,7 +138,8 @@ class DecoderLayer:
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, layer: int) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin, batch, layer)
-        return x + self.mlp(self.mlp_norm(x))
+        normed = self.mlp_norm(x)
+        return x + (self.mlp(normed) if isinstance(self.mlp, DenseMLP) else self.mlp(normed, batch.vision))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,7 +156,9 @@ class Decoder:
     def __call__(self, batch: Batch) -> Tensor:
         """Run the batch through every layer, filling its KV slots -> float32 logits [M, V] of the wanted tokens."""
         x = self.embedding[batch.token_ids]
-        cos, sin = self.rotary.at(batch.positions)
+        if batch.vision is not None:
+            x[batch.vision.embedded] = batch.vision.features
+        cos, sin = self.rotary.at(batch.positions if batch.rotary_positions is None else batch.rotary_positions)
         for index, layer in enumerate(self.layers):
             x = layer(x, cos, sin, batch, index)
         if not len(batch.wanted):

@@ -11,6 +11,7 @@ import torch
 
 from ernie45.backends.base import Backend
 from ernie45.backends.text import build_text
+from ernie45.backends.vision_language import build_vision_language
 from ernie45.checkpoint.read import TensorSource
 from ernie45.errors import InvalidRequestError
 from ernie45.spec import ModelSpec, parse_spec
@@ -37,7 +38,10 @@ class Architecture:
 
 
 _TEXT = Architecture(parse_spec=parse_spec, build=build_text)
-_OURS: Mapping[str, Architecture] = MappingProxyType({"ernie4_5": _TEXT, "ernie4_5_moe": _TEXT})
+_VISION = Architecture(parse_spec=parse_spec, build=build_vision_language)
+_OURS: Mapping[str, Architecture] = MappingProxyType(
+    {"ernie4_5": _TEXT, "ernie4_5_moe": _TEXT, "ernie4_5_moe_vl": _VISION, "ernie4_5_vl_moe": _VISION}
+)
 _registered: dict[str, Architecture] = {}
 
 

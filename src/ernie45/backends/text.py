@@ -1,18 +1,14 @@
-"""The text backend, dense and mixture of experts: builds a Decoder from a checkpoint's tensors."""
+"""The text backend, dense and mixture of experts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor
 
 from ernie45.backends.base import Batch, Step
-from ernie45.backends.decoder import Attention, Decoder, DecoderLayer, DenseMLP, ExpertMLP, Norm, Router
+from ernie45.backends.decoder import Decoder
+from ernie45.backends.weights import WeightBuilder
 from ernie45.checkpoint.read import TensorSource
-from ernie45.kernels.linear import Linear, packs
-from ernie45.kernels.ops import RotaryTable
-from ernie45.spec import ExpertSpec, ModelSpec
+from ernie45.spec import ModelSpec
 
 
 class TextBackend:
@@ -37,137 +33,4 @@ def build_text(
     Raises:
         TensorError: a tensor is missing or has another shape than the spec says.
     """
-    return TextBackend(_Builder(spec, source, dtype, device).decoder(context_tokens))
-
-
-class _Builder:
-    def __init__(self, spec: ModelSpec, source: TensorSource, dtype: torch.dtype, device: torch.device) -> None:
-        self.spec, self.source, self.dtype, self.device = spec, source, dtype, device
-        # Weights that get packed are read into one buffer, over and over: a fresh one each time would leave holes in
-        # the heap, a tenth of the model in all.
-        self._staging = self.empty((0,)) if packs(dtype, device) else None
-
-    def decoder(self, context_tokens: int) -> Decoder:
-        spec = self.spec
-        embedding = self.tensor((spec.vocab_size, spec.hidden_size), "model.embed_tokens.weight")
-        return Decoder(
-            spec=spec,
-            embedding=embedding,
-            layers=tuple(self.layer(i) for i in range(spec.num_layers)),
-            norm=self.norm("model.norm.weight"),
-            head=self.head(embedding),
-            rotary=RotaryTable(
-                head_dim=spec.head_dim,
-                theta=spec.rope_theta,
-                context_tokens=context_tokens,
-                device=self.device,
-            ),
-        )
-
-    def layer(self, index: int) -> DecoderLayer:
-        prefix = f"model.layers.{index}."
-        has_experts = self.spec.experts is not None and self.spec.experts.in_layer(index)
-        return DecoderLayer(
-            attention_norm=self.norm(prefix + "input_layernorm.weight"),
-            attention=self.attention(prefix + "self_attn."),
-            mlp_norm=self.norm(prefix + "post_attention_layernorm.weight"),
-            mlp=self.experts(prefix + "mlp.")
-            if has_experts
-            else self.mlp(prefix + "mlp.", self.spec.intermediate_size, has_bias=self.spec.use_bias),
-        )
-
-    def attention(self, prefix: str) -> Attention:
-        spec = self.spec
-        query_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        heads = {prefix + "q_proj": query_size, prefix + "k_proj": kv_size, prefix + "v_proj": kv_size}
-        return Attention(
-            qkv=self.linear(spec.hidden_size, heads, has_bias=spec.use_bias),
-            out=self.linear(query_size, {prefix + "o_proj": spec.hidden_size}, has_bias=spec.use_bias),
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-        )
-
-    def mlp(self, prefix: str, width: int, *, has_bias: bool) -> DenseMLP:
-        hidden_size = self.spec.hidden_size
-        return DenseMLP(
-            gate_up=self.linear(
-                hidden_size, {prefix + "gate_proj": width, prefix + "up_proj": width}, has_bias=has_bias
-            ),
-            down=self.linear(width, {prefix + "down_proj": hidden_size}, has_bias=has_bias),
-        )
-
-    def experts(self, prefix: str) -> ExpertMLP:
-        experts = self.spec.experts
-        assert experts is not None
-        shared = None
-        if experts.num_shared_experts:
-            width = experts.num_shared_experts * experts.intermediate_size
-            shared = self.mlp(prefix + "shared_experts.", width, has_bias=self.spec.use_bias)
-        # With use_bias, Baidu's routed experts have biases and transformers' have none: the files decide.
-        has_bias = prefix + "experts.0.down_proj.bias" in self.source
-        return ExpertMLP(
-            router=self.router(prefix, experts),
-            experts=tuple(
-                self.mlp(f"{prefix}experts.{number}.", experts.intermediate_size, has_bias=has_bias)
-                for number in range(experts.num_experts)
-            ),
-            shared=shared,
-        )
-
-    def router(self, prefix: str, experts: ExpertSpec) -> Router:
-        """The router stays in float32 whatever the model's dtype, as published."""
-        weight = self.empty((experts.num_experts, self.spec.hidden_size), torch.float32)
-        self.source.read_into(weight, {prefix + "gate.weight": experts.num_experts})
-        correction = None
-        name = prefix + "moe_statics.e_score_correction_bias"
-        if experts.has_correction_bias:
-            correction = self.empty((1, experts.num_experts), torch.float32)
-            self.source.read_into(correction, {name: 1})
-        return Router(
-            weight=weight,
-            correction=correction,
-            experts_per_token=experts.experts_per_token,
-            norm_min=experts.norm_min,
-        )
-
-    def linear(self, in_features: int, parts: Mapping[str, int], *, has_bias: bool) -> Linear:
-        """One matrix out of several stored ones: `parts` are their names (without ".weight") and output widths."""
-        out_features = sum(parts.values())
-        weight = self.unpacked(out_features, in_features)
-        self.source.read_into(weight, {f"{name}.weight": width for name, width in parts.items()})
-        bias = None
-        if has_bias:
-            bias = self.empty((out_features,))
-            self.source.read_into(bias, {f"{name}.bias": width for name, width in parts.items()})
-        return Linear(weight, bias)
-
-    def head(self, embedding: Tensor) -> Linear:
-        """The files decide: an output head of its own is used, whatever the config says, else the embedding serves."""
-        spec = self.spec
-        bias = None
-        if "lm_head.bias" in self.source:
-            bias = self.tensor((spec.vocab_size,), "lm_head.bias")
-        if "lm_head.weight" in self.source or spec.tied is False:
-            return Linear(self.tensor((spec.vocab_size, spec.hidden_size), "lm_head.weight"), bias)
-        return Linear(embedding, bias, pack=False)  # packing would double it: the embedding is looked up by row
-
-    def norm(self, name: str) -> Norm:
-        return Norm(weight=self.tensor((self.spec.hidden_size,), name), eps=self.spec.rms_norm_eps)
-
-    def tensor(self, shape: tuple[int, ...], name: str) -> Tensor:
-        out = self.empty(shape)
-        self.source.read_into(out, {name: shape[0]})
-        return out
-
-    def unpacked(self, out_features: int, in_features: int) -> Tensor:
-        """Room for a weight that is about to become a Linear."""
-        num_values = out_features * in_features
-        if self._staging is None:
-            return self.empty((out_features, in_features))
-        if self._staging.numel() < num_values:
-            self._staging = self.empty((num_values,))
-        return self._staging[:num_values].view(out_features, in_features)
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+    return TextBackend(WeightBuilder(spec, source, dtype, device).decoder(context_tokens))

@@ -28,6 +28,9 @@ _BLOCK_VALUES = 4 << 20
 _MAX_KEY_CHARS = 200
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _FUSED_EXPERTS = re.compile(r"(?P<experts>.+\.mlp\.experts)(?P<inner>\.base_layer)?")
+# transformers puts this before the trunk's names in its vision-language class; the -PT names lack it.
+_TRUNK_OF_VL = "model.language_model."
+_VISION_NAME = re.compile(r"\.(vision_tower|vision_model|resampler_model|text_moe|vision_moe)\.")
 _PADDLE_NAME = re.compile(r"(^|\.)(ernie|qkv_proj|up_gate_proj)(\.|$)")
 
 
@@ -173,7 +176,8 @@ def read_adapter(folder: Path) -> Adapter:
 
     Raises:
         ConfigError: adapter_config.json is missing or malformed.
-        UnsupportedError: the adapter does something else than plain LoRA on attention, MLP, expert or router weights.
+        UnsupportedError: the adapter does something else than plain LoRA on attention, MLP, expert or router weights,
+            or changes a vision-language model's tower, resampler, routed experts or routers.
         CheckpointError: its weights are missing, or a pickle.
         CorruptFileError: the weight file is damaged.
         TensorError: tensors are missing, or contradict the settings.
@@ -213,6 +217,12 @@ def _pairs(index: CheckpointIndex) -> dict[str, tuple[TensorInfo, TensorInfo]]:
             raise UnsupportedError(
                 f"the adapter in {index.folder} was trained on Paddle weights: {key}",
                 hint="merge it with the tool that trained it, and load the merged checkpoint",
+            )
+        if _VISION_NAME.search(key):
+            raise UnsupportedError(
+                f"the adapter in {index.folder} changes {key!r:.200}; of a vision-language model ernie45 merges into "
+                "the attention, dense MLP and shared expert weights of the text trunk",
+                hint=MERGE_HINT,
             )
         match = _KEY.fullmatch(key) if len(key) <= _MAX_KEY_CHARS else None
         if match is None:
@@ -270,7 +280,10 @@ def _deltas(factors: _Factors, name: str) -> dict[str, _Delta]:
     """The -PT tensors that a pair of factors changes. A fused gate_up_proj is gate, then up."""
     num_rows = factors.b.shape[0]
     if not _FUSED_EXPERTS.fullmatch(factors.module):
-        return {f"{factors.module}.weight": _Delta(factors=factors, expert=0, first=0, num_rows=num_rows)}
+        module = factors.module
+        if module.startswith(_TRUNK_OF_VL):
+            module = "model." + module.removeprefix(_TRUNK_OF_VL)
+        return {f"{module}.weight": _Delta(factors=factors, expert=0, first=0, num_rows=num_rows)}
     experts, _, parameter = name.rpartition(".")
     half = num_rows // 2
     leaves = {"gate_proj": (0, half), "up_proj": (half, num_rows)}

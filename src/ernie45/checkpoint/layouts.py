@@ -24,6 +24,7 @@ from ernie45.spec import ModelSpec
 
 LayoutName = Literal["pt", "paddle", "paddleformers"]
 
+_GATES = (".mlp.gate.weight", ".mlp.gate.weight_1")
 _HINT = "fetch config.json and the weight files again from one release; the -PT releases cannot be mistaken"
 
 
@@ -85,7 +86,11 @@ def detect_layout(index: CheckpointIndex, config: Mapping[str, Any], spec: Model
         return _PaddleLayout("paddleformers", index, spec)
     if says_paddleformers and separate:
         raise _contradiction(index, f'{separate[0]} is a -PT name, but config.json says "source": "paddle"')
-    return PtLayout(head_transposed=_is_head_transposed("pt", index, spec))
+    return PtLayout(
+        head_transposed=_is_head_transposed("pt", index, spec),
+        vision_prefix=_vision_prefix(index),
+        has_two_banks=spec.vision is not None,
+    )
 
 
 def _contradiction(index: CheckpointIndex, reason: str) -> TensorError:
@@ -94,18 +99,29 @@ def _contradiction(index: CheckpointIndex, reason: str) -> TensorError:
 
 @final
 class PtLayout:
-    """Tensors lie under their -PT names; only an untied head may lie the other way round, as the dense models' first
-    remote code stored it."""
+    """Tensors lie under their -PT names. An untied head may lie the other way round, as the dense models' first remote
+    code stored it; the routers of a vision-language model, with its two banks of experts, always do. transformers
+    writes `model.` before the names of the vision tower."""
 
     name: LayoutName = "pt"
 
-    def __init__(self, *, head_transposed: bool = False) -> None:
+    def __init__(
+        self, *, head_transposed: bool = False, vision_prefix: str = "vision_model.", has_two_banks: bool = False
+    ) -> None:
         self._head = Piece(key="lm_head.weight", transposed=head_transposed)
+        self._vision_prefix = vision_prefix
+        self._has_two_banks = has_two_banks
 
     def locate(self, name: str) -> Piece:
-        return self._head if name == self._head.key else Piece(key=name)
+        if name == self._head.key:
+            return self._head
+        if name.startswith("vision_model."):
+            return Piece(key=self._vision_prefix + name.removeprefix("vision_model."))
+        return Piece(key=name, transposed=self._has_two_banks and name.endswith(_GATES))
 
     def names_in(self, key: str) -> tuple[str, ...]:
+        if key.startswith(self._vision_prefix):
+            return ("vision_model." + key.removeprefix(self._vision_prefix),)
         return (key,)
 
 
@@ -114,6 +130,9 @@ class _PaddleLayout:
     def __init__(self, name: LayoutName, index: CheckpointIndex, spec: ModelSpec) -> None:
         self.name = name
         self._spec = spec
+        self._index = index
+        self._resampler_prefix = _resampler_prefix(index)
+        self._vision_prefix = _vision_prefix(index)
         self._prefix = "ernie." if name == "paddle" else "model."
         self._head = Piece(key="lm_head.weight", transposed=_is_head_transposed(name, index, spec))
         num_groups = spec.num_kv_heads if name == "paddleformers" or spec.num_heads == spec.num_kv_heads else 1
@@ -123,10 +142,13 @@ class _PaddleLayout:
     def locate(self, name: str) -> Piece:
         if name == self._head.key:
             return self._head
-        key = self._prefix + name.removeprefix("model.") if name.startswith("model.") else name
+        key = self._stored(name)
+        if name.startswith(("vision_model.", "model.resampler_model.")):
+            info = self._index.tensors.get(key)
+            return Piece(key=key, transposed=info is not None and len(info.shape) == 2)
         module, _, kind = key.rpartition(".")
         parent, _, leaf = module.rpartition(".")
-        is_weight = kind == "weight"
+        is_weight = kind in ("weight", "weight_1")
         if leaf in self._qkv:
             return Piece(
                 key=f"{parent}.qkv_proj.{kind}",
@@ -145,7 +167,21 @@ class _PaddleLayout:
             )
         return Piece(key=key, transposed=is_weight and _is_linear(parent, leaf))
 
+    def _stored(self, name: str) -> str:
+        for prefix, stored in (
+            ("vision_model.", self._vision_prefix),
+            ("model.resampler_model.", self._resampler_prefix),
+            ("model.", self._prefix),
+        ):
+            if name.startswith(prefix):
+                return stored + name.removeprefix(prefix)
+        return name
+
     def names_in(self, key: str) -> tuple[str, ...]:
+        if key.startswith(self._vision_prefix):
+            return ("vision_model." + key.removeprefix(self._vision_prefix),)
+        if key.startswith(self._resampler_prefix):
+            return ("model.resampler_model." + key.removeprefix(self._resampler_prefix),)
         name = "model." + key.removeprefix(self._prefix) if key.startswith(self._prefix) else key
         for fused, leaves in (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("up_gate_proj", ("gate_proj", "up_proj"))):
             if f".{fused}." in name:
@@ -156,8 +192,28 @@ class _PaddleLayout:
 def _mlp_width(spec: ModelSpec, module: str) -> int:
     if spec.experts is None or ".mlp." not in module:
         return spec.intermediate_size
-    is_shared = module.endswith(".shared_experts")
-    return spec.experts.intermediate_size * (spec.experts.num_shared_experts if is_shared else 1)
+    if module.endswith(".shared_experts"):
+        return spec.experts.intermediate_size * spec.experts.num_shared_experts
+    number = int(module.rpartition(".")[2])
+    if spec.vision is not None and number >= spec.experts.num_experts:
+        return spec.vision.experts.intermediate_size
+    return spec.experts.intermediate_size
+
+
+def _vision_prefix(index: CheckpointIndex) -> str:
+    """What stands before the names of the vision tower's tensors, where there are any."""
+    return _prefix_of(index, ("vision_model.", "model.vision_model.", "ernie.vision_model."))
+
+
+def _resampler_prefix(index: CheckpointIndex) -> str:
+    return _prefix_of(index, ("ernie.resampler_model.", "model.resampler_model.", "resampler_model."))
+
+
+def _prefix_of(index: CheckpointIndex, candidates: tuple[str, ...]) -> str:
+    found = [prefix for prefix in candidates if any(key.startswith(prefix) for key in index.tensors)]
+    if len(found) > 1:
+        raise _contradiction(index, f"some tensor names begin with {found[0]!r} and some with {found[1]!r}")
+    return found[0] if found else candidates[0]
 
 
 def _is_linear(parent: str, leaf: str) -> bool:

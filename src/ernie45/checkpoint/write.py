@@ -19,7 +19,7 @@ from typing import final
 import torch
 
 from ernie45.checkpoint.headers import DTYPE_BYTES, SINGLE_FILE, CheckpointIndex
-from ernie45.checkpoint.layouts import Layout
+from ernie45.checkpoint.layouts import Layout, PtLayout
 from ernie45.checkpoint.progress import Advance
 from ernie45.checkpoint.read import TORCH_DTYPES, TensorReader
 from ernie45.errors import CorruptFileError
@@ -40,12 +40,13 @@ class Unit:
     fuse, or a single tensor.
 
     `rows` maps each -PT name to its first axis; `dtype` (safetensors' name) and `row_shape`, the other axes, are the
-    same for all.
+    same for all. `transposed`: the file to write has the axes of its one tensor the other way round.
     """
 
     rows: Mapping[str, int]
     dtype: str
     row_shape: tuple[int, ...]
+    transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -75,16 +76,20 @@ class Shard:
         return len(self.header) + self.tensor_bytes
 
 
-def plan_units(index: CheckpointIndex, layout: Layout, names: Iterable[str]) -> tuple[Unit, ...]:
-    """Group the tensors of these -PT names into units, in the order of the model.
+def plan_units(index: CheckpointIndex, layout: Layout, names: Iterable[str], target: PtLayout) -> tuple[Unit, ...]:
+    """Group the tensors of these -PT names into units, in the order of the model; `target` is the layout to write.
 
     Raises TensorError where a stored tensor does not have the shape that its parts need.
     """
-    groups: dict[tuple[str, str, tuple[int, ...]], dict[str, int]] = {}
+    groups: dict[tuple[str, str, tuple[int, ...], bool], dict[str, int]] = {}
     for name in sorted(names, key=_place):
         dtype, shape = _stored_as(index, layout, name)
-        groups.setdefault((_place(name)[0], dtype, shape[1:]), {})[name] = shape[0]
-    return tuple(Unit(rows=rows, dtype=dtype, row_shape=row_shape) for (_, dtype, row_shape), rows in groups.items())
+        group = (_place(name)[0], dtype, shape[1:], target.locate(name).transposed)
+        groups.setdefault(group, {})[name] = shape[0]
+    return tuple(
+        Unit(rows=rows, dtype=dtype, row_shape=row_shape, transposed=transposed)
+        for (_, dtype, row_shape, transposed), rows in groups.items()
+    )
 
 
 def plan_shards(units: Sequence[Unit], max_shard_bytes: int) -> tuple[Shard, ...]:
@@ -125,7 +130,9 @@ class UnitReader:
     def read(self, unit: Unit) -> memoryview:
         """The unit's bytes as they go into the file, until the next call. Raises as `TensorReader.read_into` does."""
         raw = self._buffer[: unit.num_bytes]
-        self._reader.read_into(raw.view(TORCH_DTYPES[unit.dtype]).view(unit.shape), unit.rows)
+        values = raw.view(TORCH_DTYPES[unit.dtype])
+        out = values.view(unit.shape[::-1]).T if unit.transposed else values.view(unit.shape)
+        self._reader.read_into(out, unit.rows)
         return raw.numpy().data
 
 
@@ -263,7 +270,8 @@ def _shard(file_name: str, units: Sequence[Unit]) -> Shard:
         row_bytes = math.prod(unit.row_shape) * DTYPE_BYTES[unit.dtype]
         for name, num_rows in unit.rows.items():
             end = begin + num_rows * row_bytes
-            entries[name] = {"dtype": unit.dtype, "shape": [num_rows, *unit.row_shape], "data_offsets": [begin, end]}
+            shape = [num_rows, *unit.row_shape][:: -1 if unit.transposed else 1]
+            entries[name] = {"dtype": unit.dtype, "shape": shape, "data_offsets": [begin, end]}
             begin = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _HEADER_ALIGNMENT)

@@ -13,9 +13,11 @@ import torch
 
 from ernie45.backends.registry import find_architecture
 from ernie45.checkpoint.headers import INDEX_FILE, CheckpointIndex
+from ernie45.checkpoint.layouts import PtLayout
 from ernie45.checkpoint.open import Checkpoint, open_checkpoint, read_config
 from ernie45.checkpoint.survey import HeaderSurvey
 from ernie45.checkpoint.write import Shard, index_json, plan_shards, plan_units
+from ernie45.commands.media_tokens import media_token_ids
 from ernie45.commands.transformers_config import check_transformers_holds, transformers_config
 from ernie45.errors import CorruptFileError
 from ernie45.spec import ModelSpec
@@ -30,6 +32,10 @@ _COPIED = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "Roboto-Regular.ttf",
     "LICENSE*",
 )
 _SAMPLE_BYTES = 1024
@@ -91,7 +97,7 @@ def plan_conversion(folder: Path, *, max_shard_bytes: int) -> ConversionPlan:
     names = [name for key in index.tensors if key not in left_out for name in layout.names_in(key)]
     check_transformers_holds(spec, names)
 
-    units = plan_units(index, layout, names)
+    units = plan_units(index, layout, names, PtLayout(has_two_banks=spec.vision is not None))
     for unit in units:  # the survey has not asked for the multi-token-prediction head
         survey.read_into(torch.empty(unit.shape, device="meta"), unit.rows)
     shards = plan_shards(units, max_shard_bytes)
@@ -106,15 +112,28 @@ def plan_conversion(folder: Path, *, max_shard_bytes: int) -> ConversionPlan:
     )
 
 
+def config_of(checkpoint: Checkpoint, config: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
+    """A checkpoint's config.json, which holds `config`, as transformers reads it. `tied`: it has no head of its own.
+
+    Raises:
+        ConfigError: the tokens that stand for pictures are not known.
+        UnsupportedError: transformers cannot express it.
+    """
+    spec = checkpoint.spec
+    text = config if spec.vision is None else {**(config.get("text_config") or {}), **config}
+    return transformers_config(
+        spec,
+        tied=tied,
+        dtype=spec.dtype or checkpoint.index.main_dtype,
+        pad_token_id=text.get("pad_token_id"),
+        media_ids={} if spec.vision is None else media_token_ids(checkpoint.folder, config),
+    )
+
+
 def _small_files(
     folder: Path, config: Mapping[str, Any], checkpoint: Checkpoint, shards: tuple[Shard, ...], *, tied: bool
 ) -> dict[str, bytes]:
-    written = transformers_config(
-        checkpoint.spec,
-        tied=tied,
-        dtype=checkpoint.spec.dtype or checkpoint.index.main_dtype,
-        pad_token_id=config.get("pad_token_id"),
-    )
+    written = config_of(checkpoint, config, tied=tied)
     files = {"config.json": (json.dumps(written, indent=2) + "\n").encode()}
     weight_map = index_json(shards)
     if weight_map is not None:

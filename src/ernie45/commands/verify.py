@@ -58,9 +58,10 @@ def verify(folder: str | os.PathLike[str], *, compare: bool = True, progress: bo
     checkpoint = _attempt(problems, lambda: _open(path)) if index is not None else None
     keys = _account(checkpoint, problems) if checkpoint is not None else None
     num_token_ids, tokenizer = _tokenizer(path, checkpoint, problems)
-    comparison, note = None, "not done, because of the problems" if compare else "not asked for"
+    comparisons: tuple[Comparison, ...] = ()
+    note = "not done, because of the problems" if compare else "not asked for"
     if compare and checkpoint is not None and keys is not None and not problems:
-        comparison, note = _compare(checkpoint, keys.num_parameters, num_token_ids, progress, problems)
+        comparisons, note = _compare(checkpoint, keys.num_parameters, num_token_ids, progress, problems)
     spec = checkpoint.spec if checkpoint is not None else None
     layout = checkpoint.layout.name if checkpoint is not None else ""
     hide = _PathHider(path)
@@ -75,7 +76,7 @@ def verify(folder: str | os.PathLike[str], *, compare: bool = True, progress: bo
         parameters=_parameters(checkpoint, keys) if checkpoint is not None and keys is not None else "",
         unknown_config_keys=spec.unknown_keys if spec is not None else (),
         tokenizer=hide(tokenizer),
-        comparison=comparison,
+        comparisons=comparisons,
         comparison_note=hide(note),
         problems=tuple(map(hide, problems)),
         versions=_versions(),
@@ -235,27 +236,35 @@ def _tokenizer(folder: Path, checkpoint: Checkpoint | None, problems: list[str])
 
 def _compare(
     checkpoint: Checkpoint, num_parameters: int, num_token_ids: int, progress: bool, problems: list[str]
-) -> tuple[Comparison | None, str]:
+) -> tuple[tuple[Comparison, ...], str]:
     try:
-        comparison = compare_with_transformers(
+        comparisons = compare_with_transformers(
             checkpoint, num_parameters=num_parameters, num_token_ids=num_token_ids, progress=progress
         )
     except (OutOfMemoryError, UnsupportedError) as error:  # what this machine or transformers cannot do
-        return None, f"not done: {_words(error)}"
+        return (), f"not done: {_words(error)}"
     except ErnieError as error:
         problems.append(_words(error))
-        return None, "failed"
-    if not comparison.is_close:
-        problems.append("the logits are not transformers'")
-    return comparison, ""
+        return (), "failed"
+    problems += [f"the logits of {each.of} are not transformers'" for each in comparisons if not each.is_close]
+    return comparisons, ""
 
 
 def _describe(spec: ModelSpec) -> str:
     experts = spec.experts
+    vision = spec.vision
     kind = "dense" if experts is None else f"{experts.num_experts} experts, {experts.experts_per_token} for each token"
+    sees = (
+        ""
+        if vision is None
+        else (
+            f"; pictures have {vision.experts.num_experts} experts of their own and a tower of {vision.num_layers} "
+            f"layers, hidden size {vision.hidden_size}, {vision.num_heads} heads"
+        )
+    )
     return (
         f"{spec.model_type}, {kind}, {spec.num_layers} layers, hidden size {spec.hidden_size}, {spec.num_heads} heads "
-        f"({spec.num_kv_heads} for keys and values) of {spec.head_dim}, vocabulary {spec.vocab_size}"
+        f"({spec.num_kv_heads} for keys and values) of {spec.head_dim}, vocabulary {spec.vocab_size}{sees}"
     )
 
 

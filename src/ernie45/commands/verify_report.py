@@ -22,9 +22,10 @@ class TensorGroup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """Our float32 logits beside transformers', at every position of a short prompt. `through` tells how transformers
-    came to read the folder."""
+    """Our float32 logits beside transformers', at every position of a short prompt of "text", or with "a picture".
+    `through` tells how transformers came to read the folder."""
 
+    of: str
     num_positions: int
     max_difference: float
     num_equal_ids: int
@@ -47,7 +48,8 @@ class VerifyReport:
     """One checkpoint folder, examined. `str()` gives it as Markdown, without paths of this machine.
 
     `files` maps names to bytes. `layout` and `layout_reason` are "" where it could not be told. `dtypes` maps each
-    stored dtype to its tensors and bytes. `parameters` compares the headers with config.json in words. `problems` are
+    stored dtype to its tensors and bytes. `parameters` compares the headers with config.json in words. `comparisons`
+    are of a text, and of a picture where the model sees; `comparison_note` tells why there are none. `problems` are
     what would keep the folder from loading, or from answering as transformers does; where there are none, `is_good`.
     """
 
@@ -61,7 +63,7 @@ class VerifyReport:
     parameters: str
     unknown_config_keys: tuple[str, ...]
     tokenizer: str
-    comparison: Comparison | None
+    comparisons: tuple[Comparison, ...]
     comparison_note: str
     problems: tuple[str, ...]
     versions: Mapping[str, str]
@@ -86,7 +88,8 @@ class VerifyReport:
             f"- tensors by stored dtype: {dtypes or 'unknown'}",
             f"- keys of config.json that ernie45 does not know: {', '.join(self.unknown_config_keys) or 'none'}",
             f"- tokenizer: {self.tokenizer}",
-            f"- logits beside transformers: {self.comparison or self.comparison_note}",
+            *(f"- logits of {comparison.of} beside transformers: {comparison}" for comparison in self.comparisons),
+            *([f"- logits beside transformers: {self.comparison_note}"] if self.comparison_note else []),
             f"- versions: {', '.join(f'{name} {version}' for name, version in self.versions.items())}",
             "",
             "| tensors | count | dtype | shape | fate |",

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ernie45.backends.base import Backend, Batch, KVCache, Row
+from ernie45.backends.base import Backend, Batch, KVCache, MediaBackend, Row, VisionTokens
+from ernie45.engine.media import MediaEncoder, SequenceMedia
 from ernie45.engine.sequence import Sequence
 from ernie45.engine.stream import TokenStream
 from ernie45.errors import ModelClosedError, UnsupportedError
@@ -42,6 +43,8 @@ class Engine:
         self._num_token_ids = num_token_ids
         self._vocab_size = backend.spec.vocab_size
         self._device = backend.device
+        self._encoder = MediaEncoder(backend) if isinstance(backend, MediaBackend) else None
+        self._merge_size = backend.spec.vision.spatial_merge_size if self._encoder and backend.spec.vision else None
         self._cache = KVCache.allocate(
             backend.spec,
             num_slots=num_slots,
@@ -64,7 +67,10 @@ class Engine:
         return len(self._free_slots)
 
     def submit(self, request: TokenRequest) -> TokenStream:
-        """Queue a request. Raises ModelClosedError after close(), UnsupportedError in a forked child."""
+        """Queue a request.
+
+        Raises ModelClosedError after close(), UnsupportedError in a forked child or for media a model cannot see.
+        """
         self._check_process()
         capacity = request.max_new_tokens if request.logit_positions is None else _SCORING_CAPACITY
         stream = TokenStream(capacity=capacity, wake_producer=self._wake)
@@ -75,7 +81,7 @@ class Engine:
             prompt_ids=request.token_ids,
             device=self._device,
         )
-        sequence = Sequence(request, stream, sampler)
+        sequence = Sequence(request, stream, sampler, self._media_of(request))
         with self._changed:
             if self._closed:
                 raise _closed_error()
@@ -92,6 +98,20 @@ class Engine:
             self._changed.notify()
         if self._thread is not threading.current_thread():
             self._thread.join()
+
+    def _media_of(self, request: TokenRequest) -> SequenceMedia | None:
+        if not request.media:
+            return None
+        if self._merge_size is None:
+            raise UnsupportedError(
+                f"the request has {len(request.media)} pictures or clips, and this model reads text only",
+                hint="load a vision-language model, such as ERNIE-4.5-VL-28B-A3B-PT",
+            )
+        return SequenceMedia(
+            request.media,
+            num_prompt_tokens=len(request.token_ids),
+            merge_size=self._merge_size,
+        )
 
     def _check_process(self) -> None:
         if os.getpid() != self._process_id:
@@ -128,7 +148,7 @@ class Engine:
                 sequence.fail(failure)
             self._active.clear()
             self._waiting.clear()
-            del self._backend, self._cache
+            del self._backend, self._cache, self._encoder
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False once the engine is closed."""
@@ -162,9 +182,19 @@ class Engine:
                 self._active.append(sequence)
 
     def _prefill(self) -> None:
-        """Run prompt chunks, oldest request first, until this turn's share of prompt tokens is used up."""
+        """Run prompt chunks, oldest request first, until this turn's share of prompt tokens is used up.
+
+        One picture, or one part of a clip, is encoded a turn: prompts without do not wait for those with media.
+        """
         budget = PREFILL_CHUNK_TOKENS
+        encoded = False
         for sequence in [s for s in self._active if s.in_prefill and s.stream.has_room]:
+            if sequence.media is not None and not sequence.media.encoded:
+                if encoded:
+                    continue
+                encoded = self._encode_media(sequence)
+                if encoded:
+                    continue
             while budget > 0 and sequence.in_prefill and sequence.stream.has_room:
                 edge = (sequence.num_cached // PREFILL_CHUNK_TOKENS + 1) * PREFILL_CHUNK_TOKENS
                 end = min(edge, sequence.num_prompt_tokens)
@@ -174,6 +204,16 @@ class Engine:
             if budget <= 0:
                 return
 
+    def _encode_media(self, sequence: Sequence) -> bool:
+        """Fetch the features of its pictures; whether some were computed, which is a whole turn's work."""
+        if sequence.media is None or self._encoder is None:
+            return False
+        computed = False
+        while not (computed or sequence.media.encoded or sequence.finish_reason):
+            with self._guard([sequence]):
+                computed = sequence.media.encode(self._encoder)
+        return computed
+
     def _prefill_chunk(self, sequence: Sequence, end: int) -> None:
         start = sequence.num_cached
         if sequence.request.logit_positions is not None:
@@ -181,6 +221,8 @@ class Engine:
         else:
             wanted = [end - 1 - start] if end == sequence.num_prompt_tokens else []
         logits = self._forward([(sequence, end - start)], wanted)
+        if not sequence.in_prefill:
+            sequence.end_prefill()
         if sequence.is_scoring:
             sequence.score(logits)
         elif not sequence.in_prefill:
@@ -227,11 +269,32 @@ class Engine:
                 slots=self._ids(slots),
                 wanted=self._ids(wanted),
                 cache=self._cache,
+                rotary_positions=self._rotary_positions(parts),
+                vision=self._vision_tokens(parts),
             )
         )
         for sequence, count in parts:
             sequence.num_cached += count
         return step.logits
+
+    def _rotary_positions(self, parts: list[tuple[Sequence, int]]) -> Tensor | None:
+        if all(sequence.media is None for sequence, _ in parts):
+            return None
+        runs = []
+        for sequence, count in parts:
+            start, end = sequence.num_cached, sequence.num_cached + count
+            if sequence.media is None:
+                runs.append(torch.arange(start, end)[:, None].expand(-1, 3))
+            else:
+                runs.append(sequence.media.positions(start, end))
+        return torch.cat(runs).to(self._device)
+
+    def _vision_tokens(self, parts: list[tuple[Sequence, int]]) -> VisionTokens | None:
+        """Only prompts have pictures, and a prompt runs by itself; generated tokens are text."""
+        sequence, count = parts[0]
+        if sequence.media is None or not sequence.in_prefill:
+            return None
+        return sequence.media.tokens(sequence.num_cached, sequence.num_cached + count, self._device)
 
     def _ids(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)

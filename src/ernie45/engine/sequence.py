@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import replace
 
 from torch import Tensor
 
+from ernie45.engine.media import SequenceMedia
 from ernie45.engine.stream import TokenStream
 from ernie45.sampling import Drawn, Sampler
 from ernie45.types.requests import TokenRequest
@@ -19,10 +21,13 @@ class Sequence:
     `token_ids` is the prompt and what was generated; the tokens from `num_cached` on are still to be run.
     """
 
-    def __init__(self, request: TokenRequest, stream: TokenStream, sampler: Sampler) -> None:
+    def __init__(
+        self, request: TokenRequest, stream: TokenStream, sampler: Sampler, media: SequenceMedia | None = None
+    ) -> None:
         self.request = request
         self.stream = stream
         self.sampler = sampler
+        self.media = media
         self.token_ids = list(request.token_ids)
         self.num_prompt_tokens = len(request.token_ids)
         self.num_cached = 0
@@ -49,6 +54,12 @@ class Sequence:
     def is_plain_greedy(self) -> bool:
         """Whether the next token is just that of the highest logit, which `accept` may be given then."""
         return self.sampler.is_plain_greedy and not self._forced_ids
+
+    def end_prefill(self) -> None:
+        """The prompt is in the cache: its pictures are not needed any more."""
+        if self.media is not None:
+            self.media.release()
+            self.request = replace(self.request, media=())
 
     def advance(self, logits: Tensor) -> None:
         """Draw the next token from raw `logits` [V], or take the one that has to come."""

@@ -45,19 +45,37 @@ def route(
 
 
 class RotaryTable:
-    """cos and sin [context, D/2] of the angles position · theta^(-2i/D), in float32."""
+    """cos and sin [context, D/2] of the angles position · theta^(-2i/D), in float32.
 
-    __slots__ = ("cos", "sin")
+    In a vision-language model the last `num_time_frequencies` turn with time, of the others every even one with height
+    and every odd one with width.
+    """
 
-    def __init__(self, *, head_dim: int, theta: float, context_tokens: int, device: torch.device) -> None:
+    __slots__ = ("_axes", "cos", "sin")
+
+    def __init__(
+        self,
+        *,
+        head_dim: int,
+        theta: float,
+        context_tokens: int,
+        device: torch.device,
+        num_time_frequencies: int = 0,
+    ) -> None:
         inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         angles = torch.arange(context_tokens, dtype=torch.float32)[:, None] * inverse
         self.cos = angles.cos().to(device)
         self.sin = angles.sin().to(device)
+        num_in_plane = head_dim // 2 - num_time_frequencies
+        axes = [1 + index % 2 if index < num_in_plane else 0 for index in range(head_dim // 2)]
+        self._axes = torch.tensor(axes, device=device)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions [N] -> cos, sin [N, 1, D/2], to be broadcast over heads"""
-        return self.cos[positions][:, None], self.sin[positions][:, None]
+        """positions [N], or [N, 3] as time, height and width -> cos, sin [N, 1, D/2], to be broadcast over heads"""
+        if positions.ndim == 1:
+            return self.cos[positions][:, None], self.sin[positions][:, None]
+        rows, columns = positions[:, self._axes], torch.arange(len(self._axes), device=positions.device)
+        return self.cos[rows, columns][:, None], self.sin[rows, columns][:, None]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ for task in tasks("arithmetic", 3, seed=1, split="test"):
     assert model.chat(task.messages, temperature=0).text == task.answer
 ```
 
-Each task asks in English and, but for `tools`, also in Chinese. One wording of each (all of them stand in
-`task_items`, `task_facts` and `task_tools`; the lists in `task_words`):
+Each task asks in English and, but for `tools`, also in Chinese. One wording of each task of text (all of them stand
+in `task_items`, `task_facts` and `task_tools`; the lists in `task_words`):
 
 | name | prompt | answer |
 |---|---|---|
@@ -20,16 +20,28 @@ Each task asks in English and, but for `tools`, also in Chinese. One wording of 
 | recall | `My name is Maria.` ... a turn between ... `What is my name?` | `Your name is Maria.` |
 | tools | three tools in the system message; `What time is it in Oslo?` | a call, or a reply from its result |
 | numerals | `Write 347 in Chinese numerals.` (0 to 999; also back to digits) | `三百四十七` |
-| sums | `What is 12 + 30 + 9?` (three numbers 0 to 99; not for tiny-dense) | `51`, after a line of reasoning |
+| sums | `What is 12 + 30 + 9?` (three numbers 0 to 99; for tiny-moe) | `51`, after a line of reasoning |
+
+And for tiny-vl, whose messages hold Pillow pictures (`{"type": "image", "image": …}`) and clips
+(`{"type": "video", "video": [frame, …]}`) before or after the text; the wordings stand in `task_pictures`:
+
+| name | prompt | answer |
+|---|---|---|
+| shape | a picture, `What shape is this?`; or two or three, `What shape is in Picture 2?` | `triangle` |
+| colour | a picture, `What colour is the shape?`; or two or three, `What colour is the shape in Picture 2?` | `red` |
+| count | a picture, `How many shapes are there?` (1 to 5) | `3` |
+| place | a picture, `Where is the shape?` (in a 3 × 3 grid) | `top left` |
+| motion | a clip of 4 to 8 frames, `What moved, and which way?` | `The red circle moved left.` |
+
+For `shape`, `colour` and `place` some items ask a second question about a picture of an earlier turn.
 
 An item belongs to the test split when the hash of its content says so, one in eight: for `arithmetic` that is
 the pair of numbers and the sign, whatever the wording. Only for `facts`, where nobody could know an unseen fact,
-the wording counts.
+the wording counts. What counts of pictures and clips is said in `task_pictures`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -49,12 +61,22 @@ from ernie45.testing.task_items import (
     draw_reverse,
     draw_sort,
     draw_sums,
+    split_of,
+)
+from ernie45.testing.task_pictures import (
+    PICTURE_KIND,
+    draw_colour,
+    draw_count,
+    draw_media,
+    draw_motion,
+    draw_place,
+    draw_shape,
 )
 from ernie45.testing.task_tools import draw_tools
 
 SPLITS: Final = ("train", "test")
 
-_DRAWERS: Final[Mapping[str, Callable[[random.Random], Item]]] = {
+_TEXT_DRAWERS: Final[Mapping[str, Callable[[random.Random], Item]]] = {
     "arithmetic": draw_arithmetic,
     "compare": draw_compare,
     "reverse": draw_reverse,
@@ -67,9 +89,20 @@ _DRAWERS: Final[Mapping[str, Callable[[random.Random], Item]]] = {
     "numerals": draw_numerals,
     "sums": draw_sums,
 }
+_PICTURE_DRAWERS: Final[Mapping[str, Callable[[random.Random], Item]]] = {
+    "shape": draw_shape,
+    "colour": draw_colour,
+    "count": draw_count,
+    "place": draw_place,
+    "motion": draw_motion,
+}
+_DRAWERS: Final = {**_TEXT_DRAWERS, **_PICTURE_DRAWERS}
+# Pictures of one shape are one kind of content for the three tasks that ask about them.
+_CONTENT_KINDS: Final = dict.fromkeys(("shape", "colour", "place"), PICTURE_KIND)
 _MODEL_TASKS: Final[Mapping[str, tuple[str, ...]]] = {
-    "ernie45/tiny-dense": tuple(name for name in _DRAWERS if name != "sums"),
-    "ernie45/tiny-moe": tuple(_DRAWERS),
+    "ernie45/tiny-dense": tuple(name for name in _TEXT_DRAWERS if name != "sums"),
+    "ernie45/tiny-moe": tuple(_TEXT_DRAWERS),
+    "ernie45/tiny-vl": (*_PICTURE_DRAWERS, "compare", "facts"),
 }
 
 
@@ -77,7 +110,7 @@ _MODEL_TASKS: Final[Mapping[str, tuple[str, ...]]] = {
 class Task:
     """One question with its one right answer, compared exactly with the reply's text.
 
-    `reasoning` is what a thinking model writes before the answer, "" for all tasks but `sums`.
+    `reasoning` is what a thinking model may write before the answer, "" for all tasks of text but `sums`.
     """
 
     messages: tuple[Message, ...]
@@ -119,11 +152,7 @@ def tasks(name: str, n: int, *, seed: int, split: str) -> list[Task]:
     drawn: list[Task] = []
     while len(drawn) < n:
         item = _DRAWERS[name](rng)
-        if _split_of(name, item.content) == split:
-            drawn.append(Task(messages=item.messages, answer=item.answer, reasoning=item.reasoning))
+        if split_of(_CONTENT_KINDS.get(name, name), item.content) == split:
+            messages = tuple(draw_media(message) for message in item.messages)
+            drawn.append(Task(messages=messages, answer=item.answer, reasoning=item.reasoning))
     return drawn
-
-
-def _split_of(name: str, content: str) -> str:
-    digest = hashlib.sha256(f"{name}: {content}".encode()).digest()
-    return "test" if digest[0] % 8 == 0 else "train"

@@ -13,7 +13,7 @@ class Message(TypedDict, total=False):
     such as `{"type": "text", "text": "…"}`. `thoughts` is the reasoning that led to an assistant's turn."""
 
     role: Required[str]
-    content: Required[str | Sequence[dict[str, Any]]]
+    content: Required[str | Sequence[Any]]
     thoughts: str | None
 
 

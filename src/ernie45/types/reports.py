@@ -32,7 +32,8 @@ class LoadReport:
     """What was read from a checkpoint folder. Every stored tensor stands in `read` or in `ignored`.
 
     `layout` is "pt", "paddle" or "paddleformers". `unknown_config_keys` are keys of config.json that ernie45 does not
-    know; they may or may not matter. `adapter` is the folder of the adapter that was merged.
+    know; they may or may not matter. `adapter` is the folder of the adapter that was merged. `max_pixels` is what
+    pictures are resized to at most, None for a model that reads text only.
     """
 
     folder: str
@@ -45,6 +46,7 @@ class LoadReport:
     ignored: tuple[IgnoredTensor, ...] = ()
     unknown_config_keys: tuple[str, ...] = ()
     adapter: str | None = None
+    max_pixels: int | None = None
 
     @property
     def num_tensors(self) -> int:
@@ -65,6 +67,8 @@ class LoadReport:
         for tensor in self.ignored:
             reasons.setdefault(tensor.reason, []).append(tensor.name)
         lines += [f"ignored, {reason}: {', '.join(names)}" for reason, names in reasons.items()]
+        if self.max_pixels is not None:
+            lines.append(f"pictures are resized to at most {self.max_pixels:,} pixels (max_pixels= sets another limit)")
         if self.adapter is not None:
             lines.append(f"merged adapter: {self.adapter}")
         if self.unknown_config_keys:

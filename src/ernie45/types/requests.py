@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TypedDict
 
 from ernie45.errors import InvalidRequestError
+from ernie45.types.media import PlacedMedia
 
 MAX_LOGPROBS = 20
 
@@ -110,12 +111,14 @@ class ThinkingLimit:
 class TokenRequest:
     """One request to a runner: token ids in, token events out.
 
+    `media` are the pictures and clips of the prompt, in its order; their tokens are placeholders.
     `max_new_tokens` is the reply's limit in tokens, `stop_token_ids` end it. With `thinking_limit` the reply begins
     with reasoning, whose length that limits. With `logit_positions` (ascending) the request scores its prompt instead:
     its events carry those positions' logits and nothing is generated.
     """
 
     token_ids: tuple[int, ...]
+    media: tuple[PlacedMedia, ...] = ()
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.0))
     max_new_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()

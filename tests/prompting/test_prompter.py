@@ -1,3 +1,5 @@
+"""Messages, text and ids to prompts."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -84,8 +86,13 @@ def test_what_is_no_conversation(prompter: Prompter, messages: Any) -> None:
 
 def test_a_picture_is_named_as_what_this_model_cannot_read(prompter: Prompter) -> None:
     image = {"type": "image", "image": "cat.png"}
-    with pytest.raises(InvalidRequestError, match=r"message 1 has a part of type 'image'"):
+    with pytest.raises(UnsupportedError, match="this model reads text only") as caught:
         prompter.from_messages([say("user", "hi"), say("user", [{"type": "text", "text": "see"}, image])])
+    assert "vision-language" in caught.value.hint
+
+
+def test_what_marks_pictures_elsewhere_is_text_for_a_model_that_reads_text_only(prompter: Prompter) -> None:
+    assert "<|IMAGE_START|>" in prompter.from_messages([say("user", "What is <|IMAGE_START|>?")]).text
 
 
 # Thinking

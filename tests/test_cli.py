@@ -156,11 +156,14 @@ def test_pictures_and_clips_go_with_the_first_message_in_the_order_given(
         return real(self, [{"role": "user", "content": "in words"}], **options)  # the script's model reads text only
 
     monkeypatch.setattr(ErnieModel, "stream_chat", stream_chat)
+    monkeypatch.setattr(ErnieModel, "preview", lambda self, messages: ["two pictures"])
     monkeypatch.setattr("ernie45.cli._load", lambda options: scripted_model(["red", "blue"]))
     type_in(monkeypatch, "What colour?", "And now?", "")
     media = ["--image", "a.png", "--video", "b.mp4", "--image", "https://example.org/c.png"]
     assert main(["chat", "--system", "be brief", *media]) == 0
-    assert capsys.readouterr().out == "red\nblue\n"
+    shown = capsys.readouterr()
+    assert shown.out == "red\nblue\n"
+    assert shown.err.count("two pictures") == 1
     parts = [
         {"type": "image", "image": "a.png"},
         {"type": "video", "video": "b.mp4"},

@@ -269,7 +269,6 @@ class ErnieModel:
 
         Raises:
             InvalidRequestError: messages that cannot be used, or a picture or clip that cannot be read (`MediaError`).
-            UnsupportedError: there is a picture or clip, and the model reads text only.
         """
         report = self._loaded.report
         return preview_media(messages, self._prompter, spec=self.spec, device=report.device, dtype=report.dtype)

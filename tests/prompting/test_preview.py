@@ -11,7 +11,7 @@ from PIL import Image
 
 from ernie45 import ErnieModel
 from ernie45.engine.media import MediaEncoder
-from ernie45.errors import InvalidRequestError, MediaError, UnsupportedError
+from ernie45.errors import InvalidRequestError, MediaError
 from ernie45.memory.media import encoding_bytes, encoding_operations, trunk_operations
 from ernie45.prompting import VisionInput
 from tests.vl_models import random_reference, save_reference
@@ -101,7 +101,7 @@ def test_messages_without_media_cost_nothing_more(model: ErnieModel, small_model
 
 def test_it_refuses_what_chat_refuses(model: ErnieModel, small_model: ErnieModel) -> None:
     for refused, chosen, error in (
-        (ask(image(60, 40)), small_model, UnsupportedError),
+        (ask(image(60, 40)), small_model, InvalidRequestError),
         (ask({"type": "image", "image": "no-such.png"}), model, MediaError),
         (ask(image(60, 40, max_pixels=783)), model, InvalidRequestError),
         ([{"role": "user", "content": 5}], model, InvalidRequestError),

@@ -86,7 +86,7 @@ def test_what_is_no_conversation(prompter: Prompter, messages: Any) -> None:
 
 def test_a_picture_is_named_as_what_this_model_cannot_read(prompter: Prompter) -> None:
     image = {"type": "image", "image": "cat.png"}
-    with pytest.raises(UnsupportedError, match="this model reads text only") as caught:
+    with pytest.raises(InvalidRequestError, match="this model reads text only") as caught:
         prompter.from_messages([say("user", "hi"), say("user", [{"type": "text", "text": "see"}, image])])
     assert "vision-language" in caught.value.hint
 

@@ -323,7 +323,7 @@ CONVERSATIONS: list[tuple[Any, tuple[str, ...]]] = [
     ([{"role": "user", "content": 7}], ("message 0", "int")),
     ([{"role": "user", "content": [{"type": "image", "image": "cat.png"}]}], ("message 0", "'image'")),
     ([{"role": "user", "content": [{"type": "text"}]}], ("message 0",)),
-    ([{"role": "user", "content": ["hi"]}], ("message 0", "'str'")),
+    ([{"role": "user", "content": [5]}], ("message 0", "int")),
 ]
 
 

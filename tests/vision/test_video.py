@@ -16,7 +16,6 @@ from PIL import Image
 from ernie45.errors import MediaError
 from ernie45.types.limits import MediaLimits
 from ernie45.types.media import Media
-from ernie45.vision import video
 from ernie45.vision.patches import prepare_frames
 from ernie45.vision.settings import VisionSettings
 from ernie45.vision.timestamps import draw_time
@@ -159,25 +158,6 @@ def test_a_gif_from_everywhere(tmp_path: Path) -> None:
         ]
         for source in sources:
             assert same(prepare_video(source, SETTINGS, limits=LIMITS), expected), source
-
-
-def test_what_a_url_may_say_that_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def read(source: Any, limits: MediaLimits, *, kind: str) -> bytes:
-        asked.append(kind)
-        return gif(2)
-
-    monkeypatch.setattr(video, "read_source", read)
-    for source in (
-        "http://x.org/a.gif",
-        "http://x.org/a.WEBP?size=2",
-        "http://x.org/a.mp4",
-        "http://x.org/a",
-        b"bytes",
-    ):
-        open_clip(source, limits=LIMITS)
-    assert asked == ["image", "image", "video", "video", "video"]
 
 
 def test_a_rate_for_a_clip_with_its_own_times() -> None:

@@ -94,29 +94,35 @@ class WeightBuilder:
             shared = self.mlp(prefix + "shared_experts.", width, has_bias=self.spec.use_bias)
         # The two banks of a vision-language model lie in one row: experts, and rows of the correction bias.
         text, vision = experts, None if self.spec.vision is None else self.spec.vision.experts
+        text_gate = self.gate(prefix + "gate.weight", text)
+        vision_gate = None if vision is None else self.gate(prefix + "gate.weight_1", vision)
         correction = None
         if text.has_correction_bias:
             correction = self.empty((1 if vision is None else 2, text.num_experts), torch.float32)
             self.source.read_into(correction, {prefix + "moe_statics.e_score_correction_bias": len(correction)})
         return ExpertMLP(
-            text=self.bank(prefix, text, "gate.weight", 0, None if correction is None else correction[:1]),
+            text=self.bank(prefix, text, text_gate, 0, None if correction is None else correction[:1]),
             vision=None
-            if vision is None
+            if vision is None or vision_gate is None
             else self.bank(
-                prefix, vision, "gate.weight_1", text.num_experts, None if correction is None else correction[1:]
+                prefix, vision, vision_gate, text.num_experts, None if correction is None else correction[1:]
             ),
             shared=shared,
         )
 
-    def bank(self, prefix: str, experts: ExpertSpec, gate: str, first: int, correction: Tensor | None) -> ExpertBank:
-        """A router, in float32 whatever the model's dtype, as published, and its experts from number `first` on."""
+    def gate(self, name: str, experts: ExpertSpec) -> Tensor:
+        """A router's weight, in float32 whatever the model's dtype, as published."""
         weight = self.empty((experts.num_experts, self.spec.hidden_size), torch.float32)
-        self.source.read_into(weight, {prefix + gate: experts.num_experts})
+        self.source.read_into(weight, {name: experts.num_experts})
+        return weight
+
+    def bank(self, prefix: str, experts: ExpertSpec, gate: Tensor, first: int, correction: Tensor | None) -> ExpertBank:
+        """A router with this weight, and its experts from number `first` on."""
         # With use_bias, Baidu's routed experts have biases and transformers' have none: the files decide.
         has_bias = f"{prefix}experts.{first}.down_proj.bias" in self.source
         return ExpertBank(
             router=Router(
-                weight=weight,
+                weight=gate,
                 correction=correction,
                 experts_per_token=experts.experts_per_token,
                 norm_min=experts.norm_min,

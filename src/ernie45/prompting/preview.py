@@ -24,13 +24,14 @@ def preview_media(
     Seconds are operations over the rate of a product of the vision tower's size, measured on the first call.
 
     Raises:
-        InvalidRequestError: no conversation, or a picture or clip that cannot be read (`MediaError`).
-        UnsupportedError: there are media, and the model reads text only.
+        InvalidRequestError: no conversation, media for a model that reads text only, or a picture or clip that cannot
+            be read (`MediaError`).
     """
-    parts = [part for message in check_messages(messages) for part in message.media]
+    checked = check_messages(messages)
+    parts = [part for message in checked for part in message.media]
     if not parts:
         return []
-    vision = prompter.vision
+    vision = prompter.vision_for(checked)
     assert spec.vision is not None
     rate = product_rate(device, dtype, in_features=spec.vision.hidden_size, out_features=spec.vision.intermediate_size)
     return [_preview(part, vision, spec, 4 if dtype == "float32" else 2, rate) for part in parts]

@@ -70,17 +70,17 @@ class Prompter:
         parts = [part for message in checked for part in message.media]
         if not parts:
             return Prompt(text=text, token_ids=tuple(self._tokenizer.encode(text)), thinking=opens_thinking)
-        vision = self.vision
+        vision = self.vision_for(checked)
         media = [vision.prepare(part) for part in parts]
         token_ids, placed = place_media(text, media, self._tokenizer, MediaTokens.of(self._tokenizer))
         return Prompt(text=text, token_ids=token_ids, thinking=opens_thinking, media=placed)
 
-    @property
-    def vision(self) -> VisionInput:
-        """How this model takes pictures and clips. Raises UnsupportedError where it takes none."""
+    def vision_for(self, messages: Sequence[CheckedMessage]) -> VisionInput:
+        """How this model takes the media of these messages. Raises InvalidRequestError where it takes none."""
         if self._vision is None:
-            raise UnsupportedError(
-                "the messages hold a picture or clip, and this model reads text only",
+            index, message = next((i, m) for i, m in enumerate(messages) if m.media)
+            raise InvalidRequestError(
+                f"message {index} has a part of type {message.media[0].kind!r}, and this model reads text only",
                 hint="load a vision-language model: ernie45/tiny-vl, or ERNIE-4.5-VL-28B-A3B-PT",
             )
         return self._vision
@@ -94,7 +94,7 @@ class Prompter:
             check_texts(messages)
         if not kinds:
             return _nonempty(template.render([_plain(m, m.text) for m in messages], variables=variables))
-        _ = self.vision  # refuses media for a model that reads text only
+        self.vision_for(messages)  # refuses media for a model that reads text only
         # Templates know parts of one name or another, or texts with the markers in them.
         failure: TemplateError | None = None
         contents = flattened(messages)

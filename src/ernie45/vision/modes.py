@@ -91,7 +91,7 @@ def _eight_bits(pixels: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]
     if pixels.dtype == np.uint8:
         return pixels
     if kind == "b":
-        return pixels.astype(np.uint8) * np.uint8(255)
+        return np.asarray(pixels.astype(np.uint8) * np.uint8(255), dtype=np.uint8)
     if kind == "u" and pixels.dtype.itemsize == 2:
         return np.asarray((pixels.astype(np.uint32) + 128) // 257, dtype=np.uint8)
     if kind == "f":

@@ -98,7 +98,7 @@ class ErnieModel:
             max_batch: how many requests run at a time, others wait; None is 32 or what fits.
             adapter: folder of a LoRA adapter that PEFT saved; it is merged into the weights while they are read.
             max_pixels: most pixels a picture is resized to (a frame of a clip at most to the checkpoint's own limit);
-                None is the checkpoint's, on a CPU about a million (`preview` says what a picture costs).
+                None is the checkpoint's, on a CPU 802,816 (`preview` says what a picture costs).
             media_limits: what is refused of pictures and clips from outside, such as URLs of private addresses.
             revision: branch, tag or commit of a Hub id.
             cache_dir: where downloads go; None is huggingface_hub's cache.

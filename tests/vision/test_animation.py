@@ -14,7 +14,11 @@ from ernie45.vision import animation, clips
 from ernie45.vision.animation import identify_animation, open_animation
 from ernie45.vision.clips import Clip
 
-FORMATS = ["GIF", "PNG", pytest.param("WEBP", marks=pytest.mark.skipif(not features.check("webp"), reason="no WebP"))]
+FORMATS = [
+    "GIF",
+    "PNG",
+    pytest.param("WEBP", marks=pytest.mark.skipif(not features.check("webp"), reason="this Pillow has no WebP")),
+]
 COLOURS = [(0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 255, 255)]
 MILLISECONDS = [100, 200, 300, 400, 500, 1000]
 
@@ -70,7 +74,7 @@ def test_a_still_picture_is_a_clip_of_one_frame() -> None:
     assert [frame.getpixel((0, 0)) for frame in clip.read([0])] == [(9, 9, 9)]
 
 
-@pytest.mark.skipif(not features.check("webp"), reason="no WebP")
+@pytest.mark.skipif(not features.check("webp"), reason="this Pillow has no WebP")
 def test_what_is_transparent_shows_white() -> None:
     frames = [Image.new("RGBA", (30, 20), (255, 0, 0, 255)), Image.new("RGBA", (30, 20), (0, 0, 0, 0))]
     file = io.BytesIO()

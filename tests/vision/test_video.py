@@ -193,7 +193,8 @@ def test_frames_are_resized_once(size: tuple[int, int]) -> None:
 
 
 def test_a_video_file(tmp_path: Path) -> None:
-    clip_files = pytest.importorskip("tests.clip_files")
+    from tests import clip_files  # skips without PyAV, and says so
+
     content = clip_files.clip_file(250, fps=25)
     path = tmp_path / "clip.mp4"
     path.write_bytes(content)

@@ -15,7 +15,7 @@ from ernie45.types.media import Media, PlacedMedia
 from ernie45.vision import rotary_positions
 
 CACHE_BYTES = 256 * 2**20
-"""Most bytes of features kept for later prompts: about fifty photos of a 28B model at a million pixels each."""
+"""Most bytes of features kept for later prompts: about fifty photos of a 28B model at the limit that goes on a CPU."""
 
 
 @final

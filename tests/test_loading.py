@@ -474,3 +474,19 @@ def test_loading_takes_little_more_memory_than_the_weights(make_checkpoint: Make
     growth, weight_bytes = run.stdout.split()
     assert int(weight_bytes) > 280e6
     assert float(growth) <= 1.1
+
+
+def test_pictures_are_smaller_on_a_cpu_unless_asked_otherwise(shared_fixtures: Path) -> None:
+    folder = shared_fixtures / "paddle" / "vl"
+    options: dict[str, Any] = {"device": "cpu", "context_tokens": 64, "progress": False}
+    with ErnieModel.from_pretrained(folder, **options) as model:
+        assert model.load_report.max_pixels == 802_816
+        assert "802,816 pixels" in str(model.load_report)
+    with ErnieModel.from_pretrained(folder, max_pixels=4_000_000, **options) as model:
+        assert model.load_report.max_pixels == 4_000_000
+    wrong: dict[str, Any] = {"max_pixels": 783}
+    with pytest.raises(InvalidRequestError, match="from 784, not 783"):
+        ErnieModel.from_pretrained(folder, **wrong, **options)
+    wrong = {"media_limits": {"max_bytes": 1}}
+    with pytest.raises(InvalidRequestError, match="must be MediaLimits, not dict"):
+        ErnieModel.from_pretrained(folder, **wrong, **options)

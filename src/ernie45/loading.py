@@ -38,8 +38,8 @@ from ernie45.vision.timestamps import FONT_NAME
 MemoryLimit = str | Mapping[str, str]
 
 _PRESETS_TO_COME = ("int8", "int4", "nf4", "bnb-int8")
-# A photo should take the 28B model under a minute on two cores: 12 trillion operations, where 0.26 trillion a second were
-# measured on its vision tower. At the published limit it is several minutes. A clip still takes long; `preview` says so.
+# A photo should take the 28B model under a minute on two cores: 12 trillion operations, where 0.26 trillion a second
+# were measured on its vision tower. At the published limit it is several minutes; a clip takes long all the same.
 CPU_MAX_PIXELS = 1024 * 28 * 28
 CPU_MAX_FRAME_PIXELS = 299 * 28 * 28
 

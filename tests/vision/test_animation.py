@@ -74,7 +74,7 @@ def test_a_still_picture_is_a_clip_of_one_frame() -> None:
     assert [frame.getpixel((0, 0)) for frame in clip.read([0])] == [(9, 9, 9)]
 
 
-@pytest.mark.skipif(not features.check("webp"), reason="this Pillow has no WebP")
+@needs_webp
 def test_what_is_transparent_shows_white() -> None:
     frames = [Image.new("RGBA", (30, 20), (255, 0, 0, 255)), Image.new("RGBA", (30, 20), (0, 0, 0, 0))]
     file = io.BytesIO()

@@ -14,11 +14,8 @@ from ernie45.vision import animation, clips
 from ernie45.vision.animation import identify_animation, open_animation
 from ernie45.vision.clips import Clip
 
-FORMATS = [
-    "GIF",
-    "PNG",
-    pytest.param("WEBP", marks=pytest.mark.skipif(not features.check("webp"), reason="this Pillow has no WebP")),
-]
+needs_webp = pytest.mark.skipif(not features.check("webp"), reason="this Pillow has no WebP")
+FORMATS = ["GIF", "PNG", pytest.param("WEBP", marks=needs_webp)]
 COLOURS = [(0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 255, 255)]
 MILLISECONDS = [100, 200, 300, 400, 500, 1000]
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ernie45 import catalogue
+from ernie45.backends.base import BuildOptions
 from ernie45.backends.registry import find_architecture
 from ernie45.commands.transformers_config import transformers_config
 from ernie45.spec import ModelSpec, parse_spec
@@ -49,7 +50,8 @@ def make_checkpoint(folder: Path, config: dict[str, Any]) -> int:
 def _shapes(config: Mapping[str, Any], spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Every tensor a build asks for, by name, in torch's orientation."""
     source = _Recorder()
-    find_architecture(config).build(spec, source, dtype=torch.bfloat16, device=torch.device("meta"), context_tokens=1)
+    options = BuildOptions.unquantised(spec, dtype=torch.bfloat16, device="meta")
+    find_architecture(config).build(spec, source, options)
     return source.shapes
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ernie45 import ErnieModel, list_models
+from ernie45 import ErnieModel, list_models, plan_memory
 from ernie45.cli import describe_usage, main
 from ernie45.testing import scripted_model
 from ernie45.types.results import Usage
@@ -239,31 +239,75 @@ def test_an_interrupt_at_the_prompt_ends_with_status_130(place: list[str], monke
     assert main(["chat", *place]) == 130
 
 
+def table_rows(out: str) -> dict[str, list[str]]:
+    """The cells after the first column, by the first."""
+    return {name: cells for name, *cells in (re.split(r"  +", line) for line in out.split("\n\n")[0].splitlines())}
+
+
 def test_models_are_a_table_that_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert max(map(len, out.splitlines())) <= 100
+    rows = table_rows(out)
+    assert list(rows) == ["NAME", *(info.name for info in list_models())]
+    assert rows["baidu/ERNIE-4.5-21B-A3B-PT"] == ["instruct", "21.8B", "3.4B", "40.7 GiB", "~40.9 GiB"]
+    assert "PRESET" not in out
+
+
+def test_models_for_a_machine_say_how_each_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "--memory", "24GiB"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert max(map(len, out.splitlines())) <= 100
-    table, notes = out.split("\n\n")
-    rows = {name: " ".join(cells) for name, *cells in (line.split() for line in table.splitlines())}
+    rows = table_rows(out)
     assert list(rows) == ["NAME", *(info.name for info in list_models())]
-    assert rows["baidu/ERNIE-4.5-0.3B-PT"] == "instruct 360.7M 360.7M 688.1 MiB 688.1 MiB yes"
-    assert rows["baidu/ERNIE-4.5-21B-A3B-PT"] == "instruct 21.8B 3.4B 40.7 GiB ~40.9 GiB no"
-    assert "KV cache and workspace are not counted yet" in notes
+    plan = plan_memory("ERNIE-4.5-21B-A3B-PT", device="cpu", memory="24GiB", max_batch=1)
+    assert plan.preset in ("int8", "int4")
+    assert rows["baidu/ERNIE-4.5-21B-A3B-PT"] == [
+        *["instruct", "21.8B", plan.preset, f"{plan.peak_bytes / 2**30:.1f} GiB", f"{plan.longest_context_tokens:,}"]
+    ]
+    assert rows["ernie45/tiny-dense"][2] == "none"
+    assert rows["baidu/ERNIE-4.5-300B-A47B-PT"][2::2] == ["streams as int4", "-"]
+    assert rows["baidu/ERNIE-4.5-300B-A47B-FP8-Paddle"][2:] == ["-", "-", "-"]
 
 
-def test_what_fits_is_only_said_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["models"]) == 0
-    out = capsys.readouterr().out
-    assert "FITS" not in out
-    assert "KV cache" not in out
+def test_a_model_for_which_nothing_will_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--memory", "1GiB"]) == 0
+    rows = table_rows(capsys.readouterr().out)
+    assert (rows["baidu/ERNIE-4.5-300B-A47B-PT"][2], rows["baidu/ERNIE-4.5-300B-A47B-PT"][4]) == ("-", "-")
 
 
-def test_weights_that_fill_the_memory_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    smallest = list_models()[0]
-    for memory, fits in ((smallest.weight_bytes, "yes"), (smallest.weight_bytes - 1, "no")):
-        assert main(["models", "--memory", str(memory)]) == 0
-        assert capsys.readouterr().out.splitlines()[1].endswith(f" {fits}")
+def test_models_for_a_machine_with_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--memory", "cuda:0=80GB", "--memory", "cpu=24GiB"]) == 0
+    assert table_rows(capsys.readouterr().out)["baidu/ERNIE-4.5-21B-A3B-PT"][2] == "none"
+
+
+@pytest.mark.parametrize("command", [["generate", "the cat"], ["chat", "the cat"]])
+def test_how_a_model_is_loaded_can_be_chosen(
+    command: list[str], place: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[ErnieModel] = []
+    real = ErnieModel.from_pretrained
+
+    def from_pretrained(*arguments: Any, **options: Any) -> ErnieModel:
+        loaded.append(real(*arguments, **options))
+        return loaded[0]
+
+    monkeypatch.setattr(ErnieModel, "from_pretrained", from_pretrained)
+    options = ["--quantization", "int8", "--kv-dtype", "int8", "--memory", "cpu=2GiB", "--context", "100"]
+    assert main([*command, *place, *options, "--max-new-tokens", "2"]) == 0
+    plan = loaded[0].plan
+    assert (plan.preset, plan.kv_dtype, plan.context_tokens) == ("int8", "int8", 100)
+    assert plan.devices[0].capacity_bytes == 2 * 2**30
+
+
+@pytest.mark.parametrize("command", [["generate", "the cat"], ["chat", "the cat"]])
+def test_a_model_that_does_not_fit_is_refused(
+    command: list[str], place: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, *place, "--memory", "1MiB"]) == 2
+    assert "error: " in capsys.readouterr().err
 
 
 def test_a_memory_size_that_is_none_is_explained(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,9 +25,24 @@ EXPECTED = {
         "Reverse the word STONE. ENOTS\n",
         "gave up on the long one\n",
     ],
+    "memory_plan.py": [
+        "ERNIE-4.5-0.3B-PT       none, 0.7 GiB of weights: fits\n",
+        "ERNIE-4.5-21B-A3B-PT    int8, 20.4 GiB of weights: fits\n",
+        "ERNIE-4.5-VL-28B-A3B-PT int4, 15.8 GiB of weights: fits\n",
+        "ERNIE-4.5-300B-A47B-PT  int4, 149.2 GiB of weights: streams\n",
+        "\nRemedies    1. It fits with ",
+        "\ncuda:0 has attention of 28 layers and experts of ",
+        "\ncpu has attention of 0 layers and experts of ",
+        "\nrefused: this needs ",
+    ],
     "pictures.py": [
         "image 112 x 84: 12 tokens, ",
         "shape: circle\nplace: top left\nsecond: blue\nclip: The blue square moved right.\n",
+    ],
+    "quantised.py": [
+        "\nexperts only ",
+        "; the same logits when loaded again: True\n",
+        "\nKV cache in int8: ",
     ],
     "scoring.py": ["Paris: probability"],
     "testing_your_code.py": ["2 tests passed\n"],
@@ -50,6 +65,10 @@ def test_the_answers_are_right(name: str) -> None:
     assert [answer for answer in EXPECTED[name] if answer not in output] == [], output
     if name == "batching.py":
         _check_share(output)
+    if name == "memory_plan.py":
+        _check_weights(output)
+    if name == "quantised.py":
+        assert re.findall(r": (\d+)$", output, flags=re.MULTILINE) == ["51"] * 6, output
     if name == "scoring.py":
         _check_probabilities(output)
 
@@ -70,6 +89,12 @@ def _check_share(output: str) -> None:
     right = re.search(r"(\d+) of 20 right", output)
     assert right is not None, output
     assert int(right[1]) >= 18
+
+
+def _check_weights(output: str) -> None:
+    sizes = re.search(r"planned ([\d,]+) bytes of weights, loaded ([\d,]+)\n", output)
+    assert sizes is not None, output
+    assert sizes[1] == sizes[2]
 
 
 def _check_probabilities(output: str) -> None:

@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ernie45 import ErnieModel, loading
+from ernie45 import ErnieModel, loading, plan_memory, planning
+from ernie45.backends import Backend, BuildOptions, TensorSource, register
+from ernie45.backends.text import build_text
 from ernie45.devices import choose_device, choose_dtype
 from ernie45.errors import (
     InvalidRequestError,
@@ -22,6 +24,8 @@ from ernie45.errors import (
     TokenizerError,
     UnsupportedError,
 )
+from ernie45.memory.machine import HostMemory
+from ernie45.spec import ModelSpec, parse_spec
 
 IDS = [5, 30, 99, 7]
 MakeCheckpoint = Callable[..., Path]
@@ -291,40 +295,93 @@ WEIGHT_BYTES = 37024 * 4
 TOKEN_BYTES = 128 * 4
 
 
+def peak_of(folder: Path, **asked: Any) -> int:
+    """What a plan says that it takes."""
+    plan = plan_memory(folder, quantization="none", device="cpu", memory="1GiB", **asked)
+    assert plan.verdict == "fits"
+    return plan.peak_bytes
+
+
 def test_what_is_left_open_is_chosen_to_fit(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path, max_position_embeddings=2048)
+    folder = make_checkpoint(tmp_path, max_position_embeddings=32768)
     with open_model(folder, memory="1GiB") as model:
-        assert model.context_tokens == 2048
-    limit = WEIGHT_BYTES + 600 * TOKEN_BYTES
-    with open_model(folder, memory=str(limit)) as model:
-        assert model.context_tokens == 600
-        assert model.generate(IDS * 20, temperature=0, ignore_eos=True).usage.total_tokens <= 600
-    with open_model(folder, memory={"cpu": str(limit), "cuda:0": "1GiB"}, max_batch=2) as model:
-        assert model.context_tokens == 300
+        assert model.context_tokens == model.plan.context_tokens == 8192
+        assert model.plan.kv_bytes == 32 * 8192 * TOKEN_BYTES
+    limit = str(peak_of(folder, context_tokens=5000, max_batch=20))
+    with open_model(folder, memory={"cpu": limit, "cuda:0": "1GiB"}, max_batch=20, quantization="none") as model:
+        assert model.context_tokens == 5000
+        assert model.generate(IDS * 20, temperature=0, ignore_eos=True, max_new_tokens=5).usage.total_tokens == 85
     with open_model(folder, memory={"cuda:0": "1B"}) as model:
-        assert model.context_tokens == 2048
+        assert model.context_tokens == 8192
 
 
 def test_no_limit_is_what_is_free(
     monkeypatch: pytest.MonkeyPatch, make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    folder = make_checkpoint(tmp_path, max_position_embeddings=2048)
-    monkeypatch.setattr(loading, "free_bytes", lambda device: WEIGHT_BYTES + 333 * TOKEN_BYTES)
-    with open_model(folder) as model:
-        assert model.context_tokens == 333
+    # With so large keys and values it is these that a context is limited by, and not what loading needs.
+    folder = make_checkpoint(tmp_path, max_position_embeddings=32768, num_key_value_heads=4, head_dim=128)
+    free = peak_of(folder, context_tokens=5000, max_batch=1)
+    memory = HostMemory(total_bytes=10**12, available_bytes=free, limited_by="machine", limit_bytes=None)
+    monkeypatch.setattr(planning, "host_bytes", lambda: memory)
+    with open_model(folder, quantization="none") as model:
+        assert (model.context_tokens, model.plan.max_batch) == (5000, 1)
 
 
 def test_what_does_not_fit_is_refused_before_a_weight_is_read(
     monkeypatch: pytest.MonkeyPatch, small_folder_path: Path
 ) -> None:
-    def refuse(*arguments: object, **options: object) -> None:
-        pytest.fail("a weight was about to be read")
+    monkeypatch.setattr("ernie45.checkpoint.read.TensorReader._read_bytes", None)
+    for limits in ({"memory": str(WEIGHT_BYTES)}, {"memory": "20MB", "context_tokens": 256}):
+        with pytest.raises(OutOfMemoryError, match=r"weights 0\.1 MiB, KV cache for 1 x 256 tokens 0\.1 MiB") as caught:
+            open_model(small_folder_path, quantization="none", **limits)
+        assert "GiB of memory on cpu instead of" in caught.value.hint
 
-    monkeypatch.setattr(loading, "TensorReader", refuse)
-    for limits in ({"memory": str(WEIGHT_BYTES)}, {"memory": "200kB", "context_tokens": 256}):
-        with pytest.raises(OutOfMemoryError, match=r"KV cache for") as caught:
-            open_model(small_folder_path, **limits)
-        assert "context_tokens=" in caught.value.hint
+
+def test_a_cgroup_that_sets_the_limit_is_named(monkeypatch: pytest.MonkeyPatch, small_folder_path: Path) -> None:
+    memory = HostMemory(total_bytes=10**12, available_bytes=5_000_000, limited_by="cgroup", limit_bytes=10**7)
+    for module in (planning, loading):
+        monkeypatch.setattr(module, "host_bytes", lambda: memory)
+    with pytest.raises(OutOfMemoryError, match=r"there are 4\.8 MiB within the limit of this process's memory cgroup"):
+        open_model(small_folder_path)
+    with pytest.raises(OutOfMemoryError) as caught:
+        open_model(small_folder_path, memory="5MB")
+    assert "cgroup" not in caught.value.message
+
+
+def test_a_model_whose_experts_would_have_to_stream_is_refused(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ernie45.memory.sizing.RUNTIME_BYTES", 0)
+    monkeypatch.setattr("ernie45.memory.sizing.loading_bytes", lambda *shape, **more: 0)
+    monkeypatch.setattr("ernie45.memory.sizing.workspace_bytes", lambda *shape, **more: 0)
+    with pytest.raises(OutOfMemoryError, match="read from disk as they are needed, which this version does not do yet"):
+        open_model("ernie45/tiny-moe", quantization="none", memory="6MB", context_tokens=256, max_batch=1)
+
+
+def test_two_devices_hold_a_part_each_and_give_the_same_logits() -> None:
+    asked: dict[str, Any] = {"quantization": "none", "context_tokens": 64, "max_batch": 1}
+    with open_model("ernie45/tiny-moe", **asked) as model:
+        whole, peak, weights = model.logits(IDS), model.plan.peak_bytes, model.plan.weight_bytes
+    limit = str(peak - weights // 3)
+    with open_model("ernie45/tiny-moe", memory={"cpu:0": limit, "cpu:1": limit}, **asked) as model:
+        assert model.plan.placement.devices == ("cpu:0", "cpu:1")
+        assert model.plan.weight_bytes == weights
+        assert torch.equal(model.logits(IDS), whole)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_device_that_is_named_must_be_there(small_folder_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="'cuda:0' is not available"):
+        open_model(small_folder_path, device="auto", memory={"cuda:0": "1GiB"})
+
+
+def test_an_int8_kv_cache(small_folder_path: Path) -> None:
+    with open_model(small_folder_path) as exact, open_model(small_folder_path, kv_dtype="int8") as model:
+        assert model.plan.kv_bytes == exact.plan.kv_bytes * (16 + 2) // (16 * 4)
+        torch.testing.assert_close(model.logits(IDS), exact.logits(IDS), atol=0.1, rtol=0.1)
+    wrong: dict[str, Any] = {"kv_dtype": "int4"}
+    with pytest.raises(InvalidRequestError, match="int4"):
+        open_model(small_folder_path, **wrong)
 
 
 def test_context_and_batch_are_as_asked(small_folder_path: Path) -> None:
@@ -337,11 +394,43 @@ def test_context_and_batch_are_as_asked(small_folder_path: Path) -> None:
 # Quantization and the report
 
 
-@pytest.mark.parametrize("preset", ["int8", "int4", "nf4", "bnb-int8"])
-def test_presets_to_come_say_so(small_folder_path: Path, preset: str) -> None:
-    with pytest.raises(UnsupportedError, match=preset) as caught:
-        open_model(small_folder_path, quantization=preset)
-    assert "'none'" in caught.value.hint
+@pytest.mark.parametrize("preset", ["none", "int8", "int4", "nf4", "bnb-int8"])
+def test_a_preset_takes_what_was_planned(preset: str) -> None:
+    planned = plan_memory("ernie45/tiny-moe", quantization=preset, device="cpu", dtype="bfloat16")
+    with open_model("ernie45/tiny-moe", quantization=preset, dtype="bfloat16") as model:
+        report = model.load_report
+        assert (report.preset, report.weight_bytes) == (preset, planned.weight_bytes)
+        assert report.weight_parts == {part: planned.parts[part] for part in report.weight_parts}
+        assert report.planned_peak_bytes == model.plan.peak_bytes
+        assert f"preset {preset!r}, planned to take at most {model.plan.peak_bytes:,} bytes" in str(report)
+        assert model.plan.tokens_per_second is not None
+
+
+def test_auto_takes_the_preset_that_fits(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, hidden_size=512, intermediate_size=4096)
+    asked: dict[str, Any] = {"context_tokens": 64, "max_batch": 1}
+    with open_model(folder, **asked) as model:
+        assert model.plan.preset == "none"
+        limit = model.plan.peak_bytes - 1
+    with open_model(folder, memory=str(limit), **asked) as model:
+        assert model.plan.preset == model.load_report.preset == "int8"
+        assert model.plan.peak_bytes <= limit
+
+
+def test_weights_that_take_other_bytes_than_planned_are_a_bug(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(spec: ModelSpec, source: TensorSource, options: BuildOptions) -> Backend:
+        backend = build_text(spec, source, options)
+        if backend.device.type != "meta":
+            backend.weight_bytes = {"embedding": 99}
+        return backend
+
+    monkeypatch.setattr("ernie45.backends.registry._registered", {})
+    register("growing", parse_spec=lambda config: parse_spec({**config, "model_type": "ernie4_5"}), build=build)
+    folder = make_checkpoint(tmp_path, model_type="growing")
+    with pytest.raises(RuntimeError, match=r"take \{'embedding': 99\} bytes, planned were \{"):
+        open_model(folder)
 
 
 def test_an_unknown_preset_is_a_mistake(small_folder_path: Path) -> None:

@@ -46,12 +46,14 @@ __all__ = [
     "MediaError",
     "MediaLimits",
     "MediaPreview",
+    "MemoryPlan",
     "Message",
     "ModelClosedError",
     "ModelInfo",
     "ModelNotFoundError",
     "OutOfMemoryError",
     "Prompt",
+    "QuantPreset",
     "SamplingOptions",
     "Score",
     "TemplateError",
@@ -62,13 +64,17 @@ __all__ = [
     "Usage",
     "__version__",
     "list_models",
+    "plan_memory",
 ]
 
 if TYPE_CHECKING:
     from ernie45 import backends as backends
     from ernie45 import testing as testing
     from ernie45.catalogue import ModelInfo, list_models
+    from ernie45.memory.plan import MemoryPlan
     from ernie45.model import ErnieModel
+    from ernie45.planning import plan_memory
+    from ernie45.presets import QuantPreset
     from ernie45.types.limits import MediaLimits
     from ernie45.types.messages import Message
     from ernie45.types.previews import MediaPreview
@@ -89,9 +95,11 @@ else:
         "ErnieModel": "ernie45.model",
         "MediaLimits": "ernie45.types.limits",
         "MediaPreview": "ernie45.types.previews",
+        "MemoryPlan": "ernie45.memory.plan",
         "Message": "ernie45.types.messages",
         "ModelInfo": "ernie45.catalogue",
         "Prompt": "ernie45.types.prompts",
+        "QuantPreset": "ernie45.presets",
         "SamplingOptions": "ernie45.types.requests",
         "ChatChunk": "ernie45.types.results",
         "ChatCompletion": "ernie45.types.results",
@@ -101,6 +109,7 @@ else:
         "TokenLogprob": "ernie45.types.results",
         "Usage": "ernie45.types.results",
         "list_models": "ernie45.catalogue",
+        "plan_memory": "ernie45.planning",
     }
 
     _PACKAGES = ("backends", "testing")

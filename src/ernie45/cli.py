@@ -1,5 +1,5 @@
-"""The `ernie45` command: `generate` completes a text, `chat` talks, `models` lists what is known by name, `convert` and
-`verify` work on checkpoint folders.
+"""The `ernie45` command: `generate` completes a text, `chat` talks, `models` lists what is known by name, `plan` says
+what a model takes in memory, `convert` and `verify` work on checkpoint folders.
 
 Replies are streamed to standard output, reasoning to standard error.
 """
@@ -13,7 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ernie45.commands.arguments import add_convert, add_verify
-from ernie45.errors import ErnieError
+from ernie45.commands.plan import add_memory_limit, add_memory_options, add_plan, memory_limit
+from ernie45.commands.quality_arguments import add_quality
+from ernie45.errors import ErnieError, UnsupportedError
 
 if TYPE_CHECKING:
     from ernie45.catalogue import ModelInfo
@@ -73,8 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--model", default=DEFAULT_MODEL, help=f"name, folder or Hub id (default: {DEFAULT_MODEL})"
         )
-        command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-        command.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+        add_memory_options(command)
         command.add_argument("--max-new-tokens", type=int, help="longest reply in tokens (default: 512)")
         command.add_argument("--temperature", type=float, help="0 is greedy (default: the checkpoint's)")
         command.add_argument("--top-p", type=float, help="(default: the checkpoint's)")
@@ -82,11 +83,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--usage", action="store_true", help="print token counts and speed to standard error")
 
     models = commands.add_parser("models", help="list the models known by name, with their sizes")
-    models.add_argument("--memory", metavar="SIZE", help="say which weights fit, e.g. 24GiB")
+    add_memory_limit(models, "say which models run in this much memory, and how")
     models.set_defaults(run=_models)
 
+    add_plan(commands)
     add_convert(commands)
     add_verify(commands)
+    add_quality(commands)
     return parser
 
 
@@ -163,7 +166,14 @@ def _load(options: argparse.Namespace) -> ErnieModel:
     from ernie45.model import ErnieModel
 
     return ErnieModel.from_pretrained(
-        options.model, device=options.device, dtype=options.dtype, max_pixels=options.max_pixels
+        options.model,
+        quantization=options.quantization,
+        device=options.device,
+        dtype=options.dtype,
+        memory=memory_limit(options.memory),
+        context_tokens=options.context,
+        kv_dtype=options.kv_dtype,
+        max_pixels=options.max_pixels,
     )
 
 
@@ -205,25 +215,48 @@ def describe_usage(usage: Usage) -> str:
 
 def _models(options: argparse.Namespace) -> int:
     from ernie45.catalogue import list_models
-    from ernie45.memory.budget import parse_bytes
 
     models = list_models()
-    table = [["NAME", "KIND", "PARAMS", "ACTIVE", "WEIGHTS", "ON DISK"], *map(_describe_model, models)]
-    notes = ["WEIGHTS are unquantised (bfloat16), as loaded. ~ is estimated. VL models also see images and video."]
-    if options.memory is not None:
-        memory_bytes = parse_bytes(options.memory)
-        fits = ["yes" if info.weight_bytes <= memory_bytes else "no" for info in models]
-        table = [[*row, cell] for row, cell in zip(table, ["FITS", *fits], strict=True)]
-        notes.append(f"FITS: the weights alone against {options.memory}; KV cache and workspace are not counted yet.")
-    _print_table(table)
-    print("", *notes, sep="\n")
+    limit = memory_limit(options.memory)
+    if limit is None:
+        _print_table([["NAME", "KIND", "PARAMS", "ACTIVE", "WEIGHTS", "ON DISK"], *map(_describe_model, models)])
+        print("\nWEIGHTS are unquantised (bfloat16), as loaded. ~ is estimated. VL models also see images and video.")
+        return 0
+    rows = [_fit_model(info, limit) for info in models]
+    _print_table([["NAME", "KIND", "PARAMS", "PRESET", "PEAK", "CONTEXT"], *rows])
+    print(
+        "\nPRESET: the best quality that fits with one request of 8,192 tokens, or the model's maximum.",
+        "PEAK: the memory that takes. CONTEXT: the most tokens that fit with that preset.",
+        "What only streams, its experts read from disk as they are needed, this version does not load yet.",
+        "- fits in no way, or is a quantised release that is not read. `ernie45 plan NAME` says more.",
+        sep="\n",
+    )
     return 0
 
 
 def _describe_model(info: ModelInfo) -> list[str]:
-    params = [_count_in_words(count) for count in (info.total_params, info.active_params)]
     weights, disk = _bytes_in_words(info.weight_bytes), _bytes_in_words(info.disk_bytes)
-    return [info.name, info.kind, *params, weights, f"~{disk}" if info.disk_bytes_approximate else disk]
+    return [
+        *[info.name, info.kind, _count_in_words(info.total_params), _count_in_words(info.active_params)],
+        *[weights, f"~{disk}" if info.disk_bytes_approximate else disk],
+    ]
+
+
+def _fit_model(info: ModelInfo, limit: dict[str, str]) -> list[str]:
+    from ernie45.checkpoint.quantized_releases import refuse_by_name
+    from ernie45.planning import plan_memory
+
+    row = [info.name, info.kind, _count_in_words(info.total_params)]
+    try:
+        refuse_by_name(info.name)
+    except UnsupportedError:
+        return [*row, "-", "-", "-"]
+    on_cpu = all(name.startswith(("cpu", "disk")) for name in limit)
+    plan = plan_memory(info.name, device="cpu" if on_cpu else "auto", memory=limit, max_batch=1)
+    peak = _bytes_in_words(plan.peak_bytes)
+    if plan.verdict == "fits":
+        return [*row, plan.preset, peak, f"{plan.longest_context_tokens:,}"]
+    return [*row, f"streams as {plan.preset}" if plan.verdict == "streams" else "-", peak, "-"]
 
 
 def _print_table(table: Sequence[Sequence[str]]) -> None:

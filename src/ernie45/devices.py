@@ -6,11 +6,11 @@ import functools
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import psutil
 import torch
 import torch.nn.functional as F
 
 from ernie45.errors import UnsupportedError
+from ernie45.memory.machine import host_bytes
 from ernie45.spec import DTYPE_NAMES, DtypeName
 
 _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,10 +63,12 @@ def choose_dtype(name: str, *, checkpoint: DtypeName, device: torch.device) -> t
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on `device`, in bytes."""
+    """Memory that can still be taken on `device`, in bytes; on the CPU within this process's cgroups."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return max(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory(), 0)
+    return host_bytes().available_bytes
 
 
 @functools.cache

@@ -1,55 +1,62 @@
-"""The composition root: a name becomes a folder, a spec, a backend, a runner."""
+"""The composition root: a name becomes a folder, a spec, a plan, a backend, a runner."""
 
 from __future__ import annotations
 
 import os
-import re
-import threading
-import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import CancelledError, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
-from ernie45.backends.base import Backend
+from ernie45.backends.base import Backend, BuildOptions
 from ernie45.backends.registry import Architecture, find_architecture
+from ernie45.backends.text import build_text
+from ernie45.backends.vision_language import build_vision_language
 from ernie45.checkpoint.adapter import AdaptedSource, Adapter, read_adapter
 from ernie45.checkpoint.headers import read_json
-from ernie45.checkpoint.open import open_checkpoint, read_config
-from ernie45.checkpoint.progress import Advance, byte_progress
-from ernie45.checkpoint.read import TensorReader, TensorSource
+from ernie45.checkpoint.open import Checkpoint, open_checkpoint, open_source, open_survey, read_config
+from ernie45.checkpoint.origin import Origin
+from ernie45.checkpoint.passing_thread import on_passing_thread
+from ernie45.checkpoint.progress import byte_progress
 from ernie45.checkpoint.resolve import resolve
 from ernie45.checkpoint.survey import HeaderSurvey
-from ernie45.devices import check_dtype_name, choose_device, choose_dtype, free_bytes
-from ernie45.errors import ConfigError, InvalidRequestError, ModelNotFoundError, TokenizerError, UnsupportedError
-from ernie45.memory.budget import fit, parse_bytes
+from ernie45.devices import check_dtype_name, choose_device, choose_dtype
+from ernie45.errors import InvalidRequestError, ModelNotFoundError, OutOfMemoryError, TokenizerError
+from ernie45.kernels.bitsandbytes import check_bitsandbytes
+from ernie45.memory.budget import KVDtype, MemoryLimit, check_kv_dtype, in_words, parse_limits
+from ernie45.memory.machine import host_bytes
+from ernie45.memory.placement import DeviceMemory
+from ernie45.memory.plan import MemoryPlan
+from ernie45.memory.planner import choose_preset, make_plan
+from ernie45.memory.sizing import PlanRequest
+from ernie45.planning import settle_preset, stored_preset, usable_devices
+from ernie45.presets import PRESETS, QuantPreset, WeightPart, find_preset
 from ernie45.prompting import VisionInput
+from ernie45.prompting.vision_input import read_vision_input
 from ernie45.runners.base import Runner
 from ernie45.runners.local import LocalRunner
-from ernie45.spec import GenerationDefaults, ModelSpec, parse_generation_defaults
+from ernie45.spec import DtypeName, GenerationDefaults, ModelSpec, parse_generation_defaults
 from ernie45.tokenizer import ChatTemplate, Tokenizer, load_template, load_tokenizer
 from ernie45.types.limits import MediaLimits
-from ernie45.types.reports import LoadReport
-from ernie45.vision import read_settings
-from ernie45.vision.timestamps import FONT_NAME
-
-MemoryLimit = str | Mapping[str, str]
-
-_PRESETS_TO_COME = ("int8", "int4", "nf4", "bnb-int8")
-# A photo should take the 28B model under a minute on two cores: 12 trillion operations, where 0.26 trillion a second
-# were measured on its vision tower. At the published limit it is several minutes; a clip takes long all the same.
-CPU_MAX_PIXELS = 1024 * 28 * 28
-CPU_MAX_FRAME_PIXELS = 299 * 28 * 28
+from ernie45.types.placement import Placement
+from ernie45.types.reports import IgnoredTensor, LoadReport
+from ernie45.types.stats import ModelStats, StageClock
 
 _END_TOKENS = ("</s>", "<|end_of_sentence|>", "<|im_end|>")
+_NAMED_REMEDIES = 3  # in an error
+_DTYPE_NAMES: Mapping[torch.dtype, DtypeName] = MappingProxyType(
+    {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedModel:
     """Everything the facade needs. `tokenizer` and `template` are None for a folder without tokenizer files, `vision`
-    for a model that reads text only."""
+    for a model that reads text only, `plan` for one that runs a script."""
 
     name: str
     spec: ModelSpec
@@ -61,18 +68,22 @@ class LoadedModel:
     context_tokens: int
     report: LoadReport
     vision: VisionInput | None = None
+    plan: MemoryPlan | None = None
+    stats: ModelStats | None = None
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadOptions:
     """How a checkpoint is to be loaded: the arguments of `ErnieModel.from_pretrained`, where they are explained."""
 
-    quantization: str
+    quantization: str | QuantPreset
     device: str
     dtype: str
     memory: MemoryLimit | None
     context_tokens: int | None
     max_batch: int | None
+    kv_dtype: KVDtype
     adapter: str | os.PathLike[str] | None
     max_pixels: int | None
     media_limits: MediaLimits | None
@@ -85,175 +96,241 @@ class LoadOptions:
 
 def load(name_or_path: str | os.PathLike[str], options: LoadOptions) -> LoadedModel:
     """Find a checkpoint, downloading it where need be, and load it. See `ErnieModel.from_pretrained`."""
-    _check_quantization(options.quantization)
+    find_preset(options.quantization)
     check_dtype_name(options.dtype)
-    device = choose_device(options.device)
+    check_kv_dtype(options.kv_dtype)
+    choose_device(options.device)
+    devices = usable_devices(options.device, parse_limits(options.memory))
+    for device in devices:
+        choose_device(device.name)
     lora = None if options.adapter is None else read_adapter(_adapter_folder(options.adapter))
-    memory_limit = _memory_limit(options.memory, device)
-    folder = resolve(
-        name_or_path,
-        revision=options.revision,
-        cache_dir=options.cache_dir,
-        local_files_only=options.local_files_only,
-        token=options.token,
-        progress=options.progress,
-        check=_check_config,
-    )
-    memory_bytes = free_bytes(device) if memory_limit is None else memory_limit
-    return _load_folder(folder, str(name_or_path), options, device=device, adapter=lora, memory_bytes=memory_bytes)
+    clock = StageClock()
+    with clock.stage("find"):
+        folder = resolve(
+            name_or_path,
+            revision=options.revision,
+            cache_dir=options.cache_dir,
+            local_files_only=options.local_files_only,
+            token=options.token,
+            progress=options.progress,
+            check=_check_config,
+        )
+    with clock.stage("check"):
+        checked = _check(folder, str(name_or_path), options, devices=devices, adapter=lora)
+    return _load_checked(checked, str(name_or_path), options, clock)
 
 
-def _load_folder(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Checked:
+    """A folder that can be loaded as asked, before a weight is read."""
+
+    architecture: Architecture
+    checkpoint: Checkpoint
+    adapter: Adapter | None
+    defaults: GenerationDefaults
+    vision: VisionInput | None
+    device: torch.device
+    dry: _DryBuild
+    ignored: tuple[IgnoredTensor, ...]
+    origin: Origin
+
+
+def _check(
     folder: Path,
     name: str,
     options: LoadOptions,
     *,
-    device: torch.device,
+    devices: tuple[DeviceMemory, ...],
     adapter: Adapter | None,
-    memory_bytes: int,
-) -> LoadedModel:
-    """Everything that can be checked without reading a weight is checked first."""
-    started = time.perf_counter()
+) -> _Checked:
+    """Everything that can be checked without reading a weight."""
     config = read_config(folder)
     architecture = find_architecture(config)
     spec = architecture.parse_spec(config)
     checkpoint = open_checkpoint(folder, config, spec)
-    index, layout = checkpoint.index, checkpoint.layout
     defaults = _generation_defaults(folder)
-    vision = _vision_input(folder, spec, device, options)
-    dtype = choose_dtype(options.dtype, checkpoint=spec.dtype or index.main_dtype, device=device)
-    survey = HeaderSurvey(index, layout)
-    _build_from_headers(architecture, spec, survey, adapter, dtype)
-    ignored = checkpoint.account_for(survey.unread())
-    budget = fit(
+    device = torch.device(devices[0].name)
+    vision = read_vision_input(
+        folder,
         spec,
-        weight_bytes=survey.weight_bytes,
-        bytes_per_value=dtype.itemsize,
-        memory_bytes=memory_bytes,
-        context_tokens=options.context_tokens,
-        max_batch=options.max_batch,
+        on_cpu=device.type == "cpu",
+        max_pixels=options.max_pixels,
+        media_limits=options.media_limits,
     )
-    tokenizer, template = _text_side(folder, spec)
-    with byte_progress(f"Loading {folder.name}", survey.read_bytes, show=options.progress) as advance:
-        backend = _on_passing_thread(
-            lambda advance: architecture.build(
-                spec,
-                _adapted(TensorReader(index, layout, advance=advance), adapter),
-                dtype=dtype,
-                device=device,
-                context_tokens=budget.context_tokens,
-            ),
-            advance,
+    dtype = choose_dtype(options.dtype, checkpoint=spec.dtype or checkpoint.index.main_dtype, device=device)
+    request = _request(name, config, spec, options, devices=devices, dtype=dtype, vision=vision)
+    dry = _dry_build(architecture, checkpoint, adapter, request, dtype)
+    ignored = checkpoint.account_for(dry.survey.unread())
+    if dry.plan.verdict != "fits":
+        raise _refusal(dry.plan, named=options.memory is not None)
+    return _Checked(
+        architecture=architecture,
+        checkpoint=checkpoint,
+        adapter=adapter,
+        defaults=defaults,
+        vision=vision,
+        device=device,
+        dry=dry,
+        ignored=ignored,
+        origin=Origin.of(checkpoint, dry.options.preset, adapter),
+    )
+
+
+def _load_checked(checked: _Checked, name: str, options: LoadOptions, clock: StageClock) -> LoadedModel:
+    checkpoint, dry, plan = checked.checkpoint, checked.dry, checked.dry.plan
+    spec = checkpoint.spec
+    with clock.stage("tokenizer"):
+        tokenizer, template = _text_side(checkpoint.folder, spec)
+    with clock.stage("weights"):
+        backend = _build(checked, show=options.progress)
+    with clock.stage("engine"):
+        runner = LocalRunner(
+            backend,
+            num_slots=plan.max_batch,
+            context_tokens=plan.context_tokens,
+            num_token_ids=tokenizer.size if tokenizer is not None else spec.vocab_size,
+            kv_dtype=options.kv_dtype,
+            placement=plan.placement,
         )
-    num_token_ids = tokenizer.size if tokenizer is not None else spec.vocab_size
+    stats = ModelStats(load_stages=clock.seconds, read_bytes=dry.survey.read_bytes)
     return LoadedModel(
         name=name,
         spec=spec,
-        runner=LocalRunner(
-            backend,
-            num_slots=budget.max_batch,
-            context_tokens=budget.context_tokens,
-            num_token_ids=num_token_ids,
-        ),
+        runner=runner,
         tokenizer=tokenizer,
         template=template,
-        vision=vision,
-        defaults=defaults,
-        stop_token_ids=_stop_token_ids(spec, defaults, tokenizer),
-        context_tokens=budget.context_tokens,
+        vision=checked.vision,
+        defaults=checked.defaults,
+        stop_token_ids=_stop_token_ids(spec, checked.defaults, tokenizer),
+        context_tokens=plan.context_tokens,
+        plan=plan,
+        stats=stats,
+        origin=checked.origin,
         report=LoadReport(
-            folder=str(folder),
-            layout=layout.name,
-            read=survey.read(),
-            weight_bytes=survey.weight_bytes,
-            load_seconds=time.perf_counter() - started,
-            device=str(device),
-            dtype=str(dtype).removeprefix("torch."),
-            ignored=ignored,
+            folder=str(checkpoint.folder),
+            layout=checkpoint.layout.name,
+            read=dry.survey.read(),
+            weight_bytes=plan.weight_bytes,
+            weight_parts={str(part): num_bytes for part, num_bytes in dry.weights.items()},
+            preset=plan.preset,
+            planned_peak_bytes=plan.peak_bytes,
+            load_seconds=stats.load_seconds,
+            device=str(checked.device),
+            dtype=plan.dtype,
+            ignored=checked.ignored,
             unknown_config_keys=spec.unknown_keys,
-            adapter=None if adapter is None else str(adapter.folder),
-            max_pixels=None if vision is None else vision.max_pixels,
+            adapter=None if checked.adapter is None else str(checked.adapter.folder),
+            max_pixels=None if checked.vision is None else checked.vision.max_pixels,
         ),
     )
 
 
-def _build_from_headers(
-    architecture: Architecture, spec: ModelSpec, survey: HeaderSurvey, adapter: Adapter | None, dtype: torch.dtype
-) -> None:
-    """The build without weights: raises whatever would stop the real one."""
-    source = survey if adapter is None else AdaptedSource(survey, adapter)
-    architecture.build(spec, source, dtype=dtype, device=torch.device("meta"), context_tokens=1)
+def _request(
+    name: str,
+    config: Mapping[str, Any],
+    spec: ModelSpec,
+    options: LoadOptions,
+    *,
+    devices: tuple[DeviceMemory, ...],
+    dtype: torch.dtype,
+    vision: VisionInput | None,
+) -> PlanRequest:
+    """What there is to plan, before the headers say how much it is."""
+    stored = stored_preset(config)
+    return PlanRequest(
+        model=name,
+        spec=spec,
+        preset=settle_preset(find_preset(options.quantization), stored),
+        dtype=_DTYPE_NAMES[dtype],
+        kv_dtype=options.kv_dtype,
+        context_tokens=options.context_tokens,
+        max_batch=options.max_batch,
+        devices=devices,
+        has_own_head=not spec.tied,
+        free_disk_bytes=parse_limits(options.memory).disk_bytes,
+        max_pixels=None if vision is None else vision.max_pixels,
+        is_stored_quantised=stored is not None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _DryBuild:
+    """What a build without weights found: the tensors it asked for, their bytes by part, and the plan with these."""
+
+    survey: HeaderSurvey
+    weights: Mapping[WeightPart, int]
+    options: BuildOptions
+    plan: MemoryPlan
+
+
+def _dry_build(
+    architecture: Architecture,
+    checkpoint: Checkpoint,
+    adapter: Adapter | None,
+    request: PlanRequest,
+    dtype: torch.dtype,
+) -> _DryBuild:
+    """Build on the "meta" device: raises whatever would stop the real build."""
+    source, survey = open_survey(checkpoint, adapter)
+    request = replace(request, has_own_head="lm_head.weight" in source or request.spec.tied is False)
+    if architecture.build not in (build_text, build_vision_language):  # knows no presets, and one device
+        request = replace(request, preset=request.preset or PRESETS["none"], devices=request.devices[:1])
+    preset = request.preset or choose_preset(request)
+    options = BuildOptions(
+        dtype=dtype,
+        placement=Placement.on("meta", request.spec.num_layers),
+        # What GPTQ has left out stays as it is.
+        preset=preset if checkpoint.gptq is None else PRESETS["none"],
+        context_tokens=1,
+    )
+    weights = architecture.build(request.spec, source, options).weight_bytes
     if isinstance(source, AdaptedSource):
         source.check_all_merged()
+    plan = make_plan(replace(request, preset=preset, weights=weights))
+    options = replace(options, placement=plan.placement, context_tokens=plan.context_tokens)
+    return _DryBuild(survey=survey, weights=weights, options=options, plan=plan)
 
 
-def _adapted(reader: TensorReader, adapter: Adapter | None) -> TensorSource:
-    return reader if adapter is None else AdaptedSource(reader, adapter)
-
-
-def _on_passing_thread(build: Callable[[Advance], Backend], advance: Advance) -> Backend:
-    """Build on a thread that ends with it; an interrupt ends the build at its next `advance`.
-
-    OpenMP keeps a team of workers for each thread that ever computed. With the engine's thread a second team would make
-    more workers than cores, and GNU's runtime then lets them sleep between products: 14 tokens/s instead of 20.
-    """
-    stopping = threading.Event()
-
-    def advance_or_stop(num_bytes: int) -> None:
-        if stopping.is_set():
-            raise CancelledError
-        advance(num_bytes)
-
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ernie45-loading") as pool:
-        try:
-            return pool.submit(build, advance_or_stop).result()
-        except BaseException:
-            stopping.set()
-            raise
-
-
-def _vision_input(folder: Path, spec: ModelSpec, device: torch.device, options: LoadOptions) -> VisionInput | None:
-    """How the model takes media: as its processor's files say, and with fewer pixels where it runs on a CPU."""
-    max_pixels = options.max_pixels
-    if not isinstance(options.media_limits, MediaLimits | None):
-        raise InvalidRequestError(
-            f"media_limits must be MediaLimits, not {type(options.media_limits).__name__}",
-            hint="e.g. ernie45.MediaLimits(max_bytes=5_000_000)",
+def _build(checked: _Checked, *, show: bool) -> Backend:
+    """Read the weights, and check that they are what was planned."""
+    checkpoint, dry = checked.checkpoint, checked.dry
+    preset = dry.options.preset
+    if {"nf4", "bnb-int8"} & {preset.experts, preset.linear}:
+        for name in dry.plan.placement.devices:
+            check_bitsandbytes(torch.device(name))
+    with byte_progress(f"Loading {checkpoint.folder.name}", dry.survey.read_bytes, show=show) as advance:
+        backend = on_passing_thread(
+            lambda advance: checked.architecture.build(
+                checkpoint.spec, open_source(checkpoint, checked.adapter, advance=advance), dry.options
+            ),
+            advance,
         )
-    if spec.vision is None:
-        for name, value in (("max_pixels", max_pixels), ("media_limits", options.media_limits)):
-            if value is not None:
-                raise UnsupportedError(
-                    f"{name}= was given, but this model reads text only", hint="leave it out for a text model"
-                )
-        return None
-    settings = read_settings(folder)
-    least = settings.factor**2
-    if max_pixels is not None and (
-        isinstance(max_pixels, bool) or not isinstance(max_pixels, int) or max_pixels < least
-    ):
-        raise InvalidRequestError(
-            f"max_pixels must be a whole number from {least}, not {max_pixels!r}", hint="leave it out for the default"
+    if Counter(backend.weight_bytes) != Counter(dry.weights):
+        raise RuntimeError(f"the weights take {dict(backend.weight_bytes)} bytes, planned were {dict(dry.weights)}")
+    return backend
+
+
+def _refusal(plan: MemoryPlan, *, named: bool) -> OutOfMemoryError:
+    """Why a plan is not carried out; `named` says whether the caller set the limit."""
+    fullest = max(plan.devices, key=lambda device: device.peak_bytes - device.capacity_bytes)
+    needed = ", ".join(
+        f"{what} {in_words(num_bytes)}"
+        for what, num_bytes in (
+            ("weights", fullest.weight_bytes),
+            (f"KV cache for {plan.max_batch} x {plan.context_tokens} tokens", fullest.parts["kv_cache"]),
+            ("workspace", fullest.parts["workspace"]),
+            ("runtime", fullest.parts["runtime"]),
         )
-    if (settings.patch_size, settings.merge_size) != (spec.vision.patch_size, spec.vision.spatial_merge_size):
-        raise ConfigError(
-            f"the processor's files have patches of {settings.patch_size} pixels, {settings.merge_size} to a side of a"
-            f" token, but config.json has {spec.vision.patch_size} and {spec.vision.spatial_merge_size}",
-            hint="they belong to another model: fetch the checkpoint's files again",
-        )
-    font = folder / FONT_NAME
-    on_cpu = device.type == "cpu"
-    default_pixels = min(settings.max_pixels, CPU_MAX_PIXELS) if on_cpu else settings.max_pixels
-    default_frame_pixels = settings.max_frame_pixels
-    if on_cpu:
-        default_frame_pixels = min(default_frame_pixels, max(settings.min_frame_pixels, CPU_MAX_FRAME_PIXELS))
-    return VisionInput(
-        settings=settings,
-        max_pixels=max_pixels or default_pixels,
-        max_frame_pixels=min(max_pixels, settings.max_frame_pixels) if max_pixels else default_frame_pixels,
-        limits=options.media_limits or MediaLimits(),
-        font=font if font.is_file() else None,
     )
+    message = (
+        f"this needs {in_words(fullest.peak_bytes)} on {fullest.device} as {plan.preset!r} ({needed}), and there are "
+        f"{in_words(fullest.capacity_bytes)}"
+    )
+    if not named and fullest.device == "cpu" and host_bytes().limited_by == "cgroup":
+        message += " within the limit of this process's memory cgroup"
+    if plan.verdict == "streams":
+        message += "; its routed experts could be read from disk as they are needed, which this version does not do yet"
+    return OutOfMemoryError(message, hint=" ".join(plan.remedies[:_NAMED_REMEDIES]))
 
 
 def _adapter_folder(adapter: str | os.PathLike[str]) -> Path:
@@ -275,38 +352,9 @@ def _check_config(folder: Path) -> None:
     find_architecture(config).parse_spec(config)
 
 
-def _check_quantization(quantization: str) -> None:
-    if quantization in _PRESETS_TO_COME:
-        raise UnsupportedError(
-            f"quantization={quantization!r} comes with a later version of ernie45",
-            hint="use quantization='none' (which 'auto' means for now)",
-        )
-    if quantization not in ("auto", "none"):
-        raise InvalidRequestError(f"quantization={quantization!r} is unknown", hint="use 'auto' or 'none'")
-
-
 def _generation_defaults(folder: Path) -> GenerationDefaults:
     path = folder / "generation_config.json"
     return parse_generation_defaults(read_json(path) if path.is_file() else {})
-
-
-def _memory_limit(memory: MemoryLimit | None, device: torch.device) -> int | None:
-    """Bytes the caller allows on `device`; None where no limit is set for it."""
-    if memory is None:
-        return None
-    if not isinstance(memory, Mapping):
-        host_bytes = parse_bytes(memory)
-        return host_bytes if device.type == "cpu" else None
-    for name in memory:
-        if not isinstance(name, str) or not re.fullmatch(r"cpu|disk|mps|cuda(:\d+)?", name):
-            raise InvalidRequestError(
-                f"memory= names {name!r}, which is no device", hint="use 'cpu', 'cuda', 'cuda:1', 'mps' or 'disk'"
-            )
-    limits = {name: parse_bytes(text) for name, text in memory.items()}
-    names = {str(device), f"{device.type}:{device.index or 0}"}
-    if not device.index:
-        names.add(device.type)
-    return next((limit for name, limit in limits.items() if name in names), None)
 
 
 def _text_side(folder: Path, spec: ModelSpec) -> tuple[Tokenizer | None, ChatTemplate | None]:

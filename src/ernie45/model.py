@@ -6,13 +6,19 @@ import asyncio
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, final
 
 from typing_extensions import Self, Unpack
 
-from ernie45.errors import InvalidRequestError
-from ernie45.loading import LoadedModel, LoadOptions, MemoryLimit, load
-from ernie45.options import RequestMaker, checked_items, limit_thinking, naming, stop_texts
+from ernie45.dispatch import Dispatcher
+from ernie45.errors import InvalidRequestError, UnsupportedError
+from ernie45.loading import LoadedModel, LoadOptions, load
+from ernie45.memory.budget import KVDtype, MemoryLimit
+from ernie45.memory.plan import MemoryPlan
+from ernie45.options import RequestMaker, checked_items, naming
+from ernie45.planning import measured
+from ernie45.presets import QuantPreset
 from ernie45.prompting import Prompter, no_tokenizer, preview_media
 from ernie45.replies import (
     AsyncReplyStream,
@@ -24,16 +30,18 @@ from ernie45.replies import (
     collect,
     collect_async,
 )
+from ernie45.saving import save_loaded
 from ernie45.scoring import prompt_logits, prompt_score
 from ernie45.spec import ModelSpec
-from ernie45.tokenizer import TextAssembler, Tokenizer
+from ernie45.tokenizer import Tokenizer
 from ernie45.types.limits import MediaLimits
 from ernie45.types.messages import Conversation
 from ernie45.types.previews import MediaPreview
 from ernie45.types.prompts import Prompt
 from ernie45.types.reports import LoadReport
-from ernie45.types.requests import SamplingOptions, TokenRequest
+from ernie45.types.requests import SamplingOptions
 from ernie45.types.results import ChatChunk, ChatCompletion, Completion, CompletionChunk, Score
+from ernie45.types.stats import ModelStats
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +72,7 @@ class ErnieModel:
         self._requests = RequestMaker(
             defaults=loaded.defaults, stop_token_ids=loaded.stop_token_ids, context_tokens=loaded.context_tokens
         )
+        self._dispatcher = Dispatcher(loaded=loaded, requests=self._requests)
         # Also runs when the model is dropped without close(), and at interpreter exit.
         self._close = weakref.finalize(self, loaded.runner.close)
 
@@ -72,12 +81,13 @@ class ErnieModel:
         cls,
         name_or_path: str | os.PathLike[str],
         *,
-        quantization: str = "auto",
+        quantization: str | QuantPreset = "auto",
         device: str = "auto",
         dtype: str = "auto",
         memory: MemoryLimit | None = None,
         context_tokens: int | None = None,
         max_batch: int | None = None,
+        kv_dtype: KVDtype = "auto",
         adapter: str | os.PathLike[str] | None = None,
         max_pixels: int | None = None,
         media_limits: MediaLimits | None = None,
@@ -90,12 +100,14 @@ class ErnieModel:
         """Load a checkpoint: a folder (then no network is used), `"ernie45/tiny-dense"`, a short name or a Hub id.
 
         Args:
-            quantization: "auto" and "none" keep the checkpoint's precision; other presets come later.
+            quantization: a preset: "none" keeps the checkpoint's precision; "int8" and "int4" are ours and cover the
+                experts; "nf4" and "bnb-int8" are bitsandbytes', slow on a CPU; "auto" is the best quality that fits.
             device: "auto", "cpu", "cuda", "cuda:1" or "mps".
             dtype: "auto" is the checkpoint's (float32 where the CPU has no bf16); "float32", "bfloat16" or "float16".
-            memory: limit for weights and KV cache, "12GiB" for the host or {"cuda:0": "20GiB"}; None is what is free.
+            memory: what may be used, "12GiB" of the host or {"cuda:0": "20GiB", "cpu": "12GiB"}; None is what is free.
             context_tokens: longest prompt + reply in tokens; None is 8192, the model's maximum or what fits.
             max_batch: how many requests run at a time, others wait; None is 32 or what fits.
+            kv_dtype: of the KV cache; "auto" is the model's dtype, "int8" takes about half of that.
             adapter: folder of a LoRA adapter that PEFT saved; it is merged into the weights while they are read.
             max_pixels: most pixels a picture is resized to (a frame of a clip at most to the checkpoint's own limit);
                 None is the checkpoint's, on a CPU 802,816 (`preview` says what a picture costs).
@@ -119,6 +131,7 @@ class ErnieModel:
             memory=memory,
             context_tokens=context_tokens,
             max_batch=max_batch,
+            kv_dtype=kv_dtype,
             adapter=adapter,
             max_pixels=max_pixels,
             media_limits=media_limits,
@@ -139,11 +152,11 @@ class ErnieModel:
             InvalidRequestError: a prompt or option that cannot be used.
             ContextLengthError: prompt and `max_new_tokens` do not fit the context.
         """
-        return as_completion(collect([self._reply(self._prompter.from_prompt(prompt), options)])[0])
+        return as_completion(collect([self._completion(prompt, options)])[0])
 
     def stream_generate(self, prompt: PromptLike, **options: Unpack[SamplingOptions]) -> ReplyStream[CompletionChunk]:
         """Like `generate`, chunk by chunk; a chunk comes for every token. Leaving the loop cancels."""
-        return ReplyStream(self._reply(self._prompter.from_prompt(prompt), options), as_completion_chunk, owner=self)
+        return ReplyStream(self._completion(prompt, options), as_completion_chunk, owner=self)
 
     def batch_generate(
         self, prompts: Sequence[PromptLike | Mapping[str, Any]], **options: Unpack[SamplingOptions]
@@ -156,15 +169,13 @@ class ErnieModel:
 
     async def agenerate(self, prompt: PromptLike, **options: Unpack[SamplingOptions]) -> Completion:
         """The async twin of `generate`; cancelling the task cancels the reply."""
-        return as_completion((await collect_async([self._reply(self._prompter.from_prompt(prompt), options)]))[0])
+        return as_completion((await collect_async([self._completion(prompt, options)]))[0])
 
     def astream_generate(
         self, prompt: PromptLike, **options: Unpack[SamplingOptions]
     ) -> AsyncReplyStream[CompletionChunk]:
         """The async twin of `stream_generate`: `async for chunk in model.astream_generate(…)`."""
-        return AsyncReplyStream(
-            self._reply(self._prompter.from_prompt(prompt), options), as_completion_chunk, owner=self
-        )
+        return AsyncReplyStream(self._completion(prompt, options), as_completion_chunk, owner=self)
 
     async def abatch_generate(
         self, prompts: Sequence[PromptLike | Mapping[str, Any]], **options: Unpack[SamplingOptions]
@@ -216,7 +227,7 @@ class ErnieModel:
     ) -> list[ChatCompletion]:
         """Answer many conversations at once; results in order, each the same as alone."""
         pairs = self._rendered(conversations, options, thinking)
-        return collect(self._replies(pairs, "conversations", thinking_budget))
+        return collect(self._dispatcher.start_all(pairs, "conversations", thinking_budget))
 
     async def achat(
         self,
@@ -228,7 +239,7 @@ class ErnieModel:
     ) -> ChatCompletion:
         """The async twin of `chat`; cancelling the task cancels the reply."""
         prompt = await self._aside(lambda: self.render(messages, thinking=thinking))
-        return (await collect_async([self._reply(prompt, options, thinking_budget)]))[0]
+        return (await collect_async([self._dispatcher.start(prompt, options, thinking_budget)]))[0]
 
     def astream_chat(
         self,
@@ -254,7 +265,7 @@ class ErnieModel:
     ) -> list[ChatCompletion]:
         """The async twin of `batch_chat`."""
         pairs = await self._aside(lambda: self._rendered(conversations, options, thinking))
-        return await collect_async(self._replies(pairs, "conversations", thinking_budget))
+        return await collect_async(self._dispatcher.start_all(pairs, "conversations", thinking_budget))
 
     # Looking inside
 
@@ -302,6 +313,16 @@ class ErnieModel:
         return self._loaded.name
 
     @property
+    def plan(self) -> MemoryPlan:
+        """What was planned to lie where, and how fast it should run: that is measured when first asked for (0.1 s).
+
+        Raises UnsupportedError for a model that runs a script.
+        """
+        if self._loaded.plan is None:
+            raise UnsupportedError("a scripted model has no plan", hint="plan_memory() plans any model by name")
+        return measured(self._loaded.plan)
+
+    @property
     def spec(self) -> ModelSpec:
         """The model's shape and constants, from its config.json."""
         return self._loaded.spec
@@ -319,9 +340,28 @@ class ErnieModel:
         return self._loaded.context_tokens
 
     @property
+    def stats(self) -> ModelStats:
+        """Where the time of loading went. Raises UnsupportedError for a scripted model."""
+        if self._loaded.stats is None:
+            raise UnsupportedError("a scripted model was not loaded", hint="ask a model that was")
+        return self._loaded.stats
+
+    @property
     def load_report(self) -> LoadReport:
         """What was read from the checkpoint, what was ignored and why."""
         return self._loaded.report
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, progress: bool = True) -> None:
+        """Write the model as it is quantised to a new or empty folder, from which it loads without that work.
+
+        The checkpoint it came from is read once more. An unquantised model becomes a plain -PT folder.
+
+        Raises:
+            InvalidRequestError: the folder is not empty, or lies in the checkpoint's.
+            UnsupportedError: the preset is bitsandbytes', or the model is a scripted one.
+            CheckpointError: the checkpoint is gone or has changed, or the disk is full.
+        """
+        save_loaded(self._loaded.origin, Path(folder).expanduser(), progress=progress)
 
     # Lifetime
 
@@ -357,7 +397,7 @@ class ErnieModel:
                 item = own.pop("prompt")
             with naming(f"prompts[{index}]"):
                 pairs.append((self._prompter.from_prompt(item), {**shared, **own}))
-        return self._replies(pairs, "prompts")
+        return self._dispatcher.start_all(pairs, "prompts")
 
     def _rendered(
         self, conversations: Sequence[Conversation], options: SamplingOptions, thinking: bool | None
@@ -372,46 +412,10 @@ class ErnieModel:
         """What `make` gives, without holding up the event loop where it may open pictures."""
         return make() if self._loaded.vision is None else await asyncio.to_thread(make)
 
-    def _replies(
-        self, pairs: Sequence[tuple[Prompt, Mapping[str, Any]]], what: str, thinking_budget: int | None = None
-    ) -> list[Reply]:
-        """Start all, after every prompt and option was checked."""
-        prepared = []
-        for index, (prompt, options) in enumerate(pairs):
-            with naming(f"{what}[{index}]"):
-                prepared.append(self._prepared(prompt, options, thinking_budget))
-        started: list[Reply] = []
-        try:
-            for request, assembler in prepared:
-                started.append(self._started(request, assembler))
-        except BaseException:
-            for reply in started:  # nobody will read these
-                reply.cancel()
-            raise
-        return started
+    def _completion(self, prompt: PromptLike, options: SamplingOptions) -> Reply:
+        return self._dispatcher.start(self._prompter.from_prompt(prompt), options)
 
     def _chat_reply(
         self, messages: Conversation, options: SamplingOptions, thinking: bool | None, thinking_budget: int | None
     ) -> Reply:
-        return self._reply(self.render(messages, thinking=thinking), options, thinking_budget)
-
-    def _reply(self, prompt: Prompt, options: SamplingOptions, thinking_budget: int | None = None) -> Reply:
-        return self._started(*self._prepared(prompt, options, thinking_budget))
-
-    def _prepared(
-        self, prompt: Prompt, options: Mapping[str, Any], thinking_budget: int | None
-    ) -> tuple[TokenRequest, TextAssembler | None]:
-        limit = None if thinking_budget is None else limit_thinking(thinking_budget, prompt, self.tokenizer)
-        request = self._requests.request(prompt, options, limit)
-        stop, tokenizer = stop_texts(options), self._loaded.tokenizer
-        if stop and tokenizer is None:
-            raise no_tokenizer("a stop text")
-        return request, TextAssembler(tokenizer, stop, thinking=prompt.thinking) if tokenizer is not None else None
-
-    def _started(self, request: TokenRequest, assembler: TextAssembler | None) -> Reply:
-        return Reply(
-            self._loaded.runner.submit(request),
-            prompt_tokens=len(request.token_ids),
-            assembler=assembler,
-            with_logprobs=request.sampling.logprobs is not None,
-        )
+        return self._dispatcher.start(self.render(messages, thinking=thinking), options, thinking_budget)

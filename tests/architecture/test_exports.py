@@ -23,12 +23,14 @@ PUBLIC_NAMES = [
     "MediaError",
     "MediaLimits",
     "MediaPreview",
+    "MemoryPlan",
     "Message",
     "ModelClosedError",
     "ModelInfo",
     "ModelNotFoundError",
     "OutOfMemoryError",
     "Prompt",
+    "QuantPreset",
     "SamplingOptions",
     "Score",
     "TemplateError",
@@ -39,6 +41,7 @@ PUBLIC_NAMES = [
     "Usage",
     "__version__",
     "list_models",
+    "plan_memory",
 ]
 
 

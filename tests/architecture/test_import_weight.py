@@ -26,7 +26,10 @@ def test_import_loads_nothing_heavy() -> None:
     assert [name for name in HEAVY if name in _import_in_new_process("")["modules"]] == []
 
 
-@pytest.mark.parametrize("module", ["errors", "types.results", "spec", "catalogue", "checkpoint.headers"])
+@pytest.mark.parametrize(
+    "module",
+    ["errors", "types.results", "spec", "catalogue", "checkpoint.headers", "presets", "memory.planner", "planning"],
+)
 def test_what_plans_and_describes_loads_no_torch(module: str) -> None:
     loaded = _import_in_new_process(f"import ernie45.{module}")["modules"]
     assert [name for name in ("torch", "transformers") if name in loaded] == []

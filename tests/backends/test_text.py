@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ernie45.backends.base import Batch, KVCache, Row
+from ernie45.backends.base import Batch, BuildOptions, Row
 from ernie45.backends.decoder import DenseMLP, ExpertBank, Router
+from ernie45.backends.kv_cache import DenseStore, KVCache
 from ernie45.backends.text import TextBackend, build_text
-from ernie45.kernels.linear import Linear, packs
+from ernie45.kernels.linear import DenseLinear, packs
 from ernie45.kernels.ops import route
 from ernie45.spec import ModelSpec, parse_spec
+from ernie45.types.placement import Placement
 
 CPU = torch.device("cpu")
 
@@ -62,7 +64,14 @@ EXPERTS = {
 
 
 def build(source: RandomTensors, spec: ModelSpec, dtype: torch.dtype = torch.float32) -> TextBackend:
-    return build_text(spec, source, dtype=dtype, device=CPU, context_tokens=64)
+    return build_text(spec, source, BuildOptions.unquantised(spec, dtype=dtype, device="cpu", context_tokens=64))
+
+
+def allocate(shape: ModelSpec, *, num_slots: int, dtype: torch.dtype) -> KVCache:
+    placement = Placement.on("cpu", shape.num_layers)
+    return KVCache.allocate(
+        shape, num_slots=num_slots, context_tokens=64, dtype=dtype, kv_dtype="auto", placement=placement
+    )
 
 
 def decode_batch(rows: dict[int, list[int]], cache: KVCache, backend: TextBackend) -> Tensor:
@@ -168,9 +177,11 @@ def random_experts(num_experts: int, correction: Tensor | None = None) -> Expert
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator) * 0.2
 
-    experts = [DenseMLP(gate_up=Linear(random(32, 24)), down=Linear(random(24, 16))) for _ in range(num_experts)]
+    experts = [
+        DenseMLP(gate_up=DenseLinear(random(32, 24)), down=DenseLinear(random(24, 16))) for _ in range(num_experts)
+    ]
     router = Router(weight=random(num_experts, 24), correction=correction, experts_per_token=2, norm_min=1e-12)
-    return ExpertBank(router=router, experts=CountingTable(experts))
+    return ExpertBank(router=router, experts=CountingTable(experts), device=CPU)
 
 
 def test_only_chosen_experts_are_looked_up_and_each_once() -> None:
@@ -216,7 +227,7 @@ def test_decoding_a_row_gives_the_same_bits_alone_and_among_others(changes: dict
     backend = build(RandomTensors(), shape, torch.bfloat16)
     generator = torch.Generator().manual_seed(1)
     rows = {slot: torch.randint(300, (3 * slot + 2,), generator=generator).tolist() for slot in range(17)}
-    cache = KVCache.allocate(shape, num_slots=17, context_tokens=64, dtype=torch.bfloat16, device=CPU)
+    cache = allocate(shape, num_slots=17, dtype=torch.bfloat16)
     together = decode_batch(rows, cache, backend)
     for slot, ids in rows.items():
         assert torch.equal(decode_batch({slot: ids}, cache, backend)[0], together[slot])
@@ -225,8 +236,9 @@ def test_decoding_a_row_gives_the_same_bits_alone_and_among_others(changes: dict
 def test_what_lies_in_a_slot_from_an_earlier_request_is_never_seen() -> None:
     shape = spec()
     backend = build(RandomTensors(), shape)
-    cache = KVCache.allocate(shape, num_slots=1, context_tokens=64, dtype=torch.float32, device=CPU)
+    cache = allocate(shape, num_slots=1, dtype=torch.float32)
     first = decode_batch({0: [5, 6, 7]}, cache, backend)
-    for tensor in (*cache.keys, *cache.values):
-        tensor.fill_(torch.nan)
+    for store in (*cache.keys, *cache.values):
+        assert isinstance(store, DenseStore)
+        store.x.fill_(torch.nan)
     assert torch.equal(decode_batch({0: [5, 6, 7]}, cache, backend), first)

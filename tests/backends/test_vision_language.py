@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ernie45.backends.base import MediaBackend, VisionTokens
+from ernie45.backends.base import BuildOptions, MediaBackend, VisionTokens
 from ernie45.backends.decoder import DenseMLP, ExpertBank, ExpertMLP, Router
 from ernie45.backends.text import build_text
 from ernie45.backends.vision_language import VisionLanguageBackend, build_vision_language
 from ernie45.backends.vision_tower import PatchEmbedding
-from ernie45.kernels.linear import Linear
+from ernie45.kernels.linear import DenseLinear
 from ernie45.spec import ModelSpec, parse_spec
 from tests.backends.test_text import EXPERTS, RandomTensors
 from tests.backends.test_text import spec as text_spec
@@ -46,7 +46,9 @@ def spec(**changes: object) -> ModelSpec:
 
 
 def build(source: RandomTensors, shape: ModelSpec, dtype: torch.dtype = torch.float32) -> VisionLanguageBackend:
-    return build_vision_language(shape, source, dtype=dtype, device=CPU, context_tokens=64)
+    return build_vision_language(
+        shape, source, BuildOptions.unquantised(shape, dtype=dtype, device="cpu", context_tokens=64)
+    )
 
 
 def linear(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
@@ -112,7 +114,10 @@ def test_it_asks_for_both_banks_of_experts() -> None:
 
 def test_only_a_backend_with_a_tower_is_given_media() -> None:
     assert isinstance(build(RandomTensors(), spec()), MediaBackend)
-    text = build_text(text_spec(**EXPERTS), RandomTensors(), dtype=torch.float32, device=CPU, context_tokens=8)
+    shape = text_spec(**EXPERTS)
+    text = build_text(
+        shape, RandomTensors(), BuildOptions.unquantised(shape, dtype=torch.float32, device="cpu", context_tokens=8)
+    )
     assert not isinstance(text, MediaBackend)
 
 
@@ -123,12 +128,12 @@ def constant(value: float) -> DenseMLP:
     """Gives silu(1) · `value` for every row of ones."""
     gate_up = torch.zeros(2, 4)
     gate_up[:, 0] = 1.0
-    return DenseMLP(gate_up=Linear(gate_up), down=Linear(torch.full((4, 1), value)))
+    return DenseMLP(gate_up=DenseLinear(gate_up), down=DenseLinear(torch.full((4, 1), value)))
 
 
 def bank(value: float) -> ExpertBank:
     router = Router(weight=torch.zeros(1, 4), correction=None, experts_per_token=1, norm_min=1e-12)
-    return ExpertBank(router=router, experts=(constant(value),))
+    return ExpertBank(router=router, experts=(constant(value),), device=CPU)
 
 
 @pytest.mark.parametrize("routed", [[], [0], [1, 2], [3, 0], [0, 1, 2, 3]])

@@ -88,7 +88,7 @@ def test_other_names_pass(name: str) -> None:
         ({"quantization_config": {"kv_cache_quant_type": "int8"}}, (*UNKNOWN, "kv_cache_quant_type 'int8'")),
         ({"is_quantized": True}, (*UNKNOWN, "is_quantized True")),
         ({"is_moe_quantized": True}, (*UNKNOWN, "is_moe_quantized True")),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, (*UNKNOWN, "quant_method 'gptq'")),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, (*UNKNOWN, "quant_method 'awq'")),
         ({"quantization_config": {"quant_method": "fp8"}}, (*UNKNOWN, "quant_method 'fp8'")),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, UNKNOWN),
         ({"quantization_config": {"bits": 4}}, (*UNKNOWN, "{'bits': 4}")),
@@ -116,6 +116,16 @@ def test_quantised_configs_are_refused(config: dict[str, Any], texts: tuple[str,
 )
 def test_unquantised_configs_pass(config: dict[str, Any]) -> None:
     refuse_by_config({"model_type": "ernie4_5"} | config, "some/model")
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+
+
+def test_gptq_weights_pass_if_they_can_be_read() -> None:
+    refuse_by_config({"quantization_config": GPTQ}, "some/model")
+    error = refusal(refuse_by_config, {"quantization_config": GPTQ | {"bits": 8}}, "some/model")
+    assert "bits is 8" in error.message
+    assert "or a 4-bit GPTQ one" in refusal(refuse_by_config, {"is_quantized": True}, "some/model").hint
 
 
 FOLDER = Path("model")

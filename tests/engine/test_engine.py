@@ -6,18 +6,24 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import torch
 
 from ernie45.backends.base import Batch, Step
-from ernie45.engine.engine import PREFILL_CHUNK_TOKENS, Engine
+from ernie45.backends.kv_cache import DenseStore, Int8Store
+from ernie45.engine.engine import Engine
 from ernie45.engine.stream import TokenStream
 from ernie45.errors import CorruptFileError, ModelClosedError, UnsupportedError
+from ernie45.memory.budget import KVDtype
+from ernie45.memory.workspace import PREFILL_CHUNK_TOKENS
+from ernie45.presets import WeightPart
 from ernie45.spec import ModelSpec, parse_spec
+from ernie45.types.placement import Placement
 from ernie45.types.requests import Sampling, ThinkingLimit, TokenRequest
 from ernie45.types.results import TokenEvent
+from tests.backends.test_placement import DeviceWatch
 
 VOCAB_SIZE = 50
 NUM_TOKEN_IDS = 40
@@ -46,6 +52,7 @@ class CountingBackend:
         )
         self.dtype = torch.float32
         self.device = torch.device("cpu")
+        self.weight_bytes: Mapping[WeightPart, int] = {}
         self.steps: list[Batch] = []
         self.may_run = threading.Event()
         self.may_run.set()
@@ -331,3 +338,26 @@ def test_cancelling_while_tokens_are_forced_frees_the_slot(engine: Engine, backe
     stream.cancel()
     assert eventually(lambda: engine.num_free_slots == 2)
     assert len(backend.steps) < 1500
+
+
+@pytest.mark.parametrize(("kv_dtype", "store"), [("auto", DenseStore), ("int8", Int8Store)])
+def test_keys_lie_with_the_layers_and_tokens_are_drawn_with_the_head(
+    backend: CountingBackend, kv_dtype: KVDtype, store: type
+) -> None:
+    placement = dataclasses.replace(Placement.on("cpu:0", 1), layers=("cpu:1",), head="cpu:2")
+    with DeviceWatch() as made:
+        engine = Engine(
+            backend,
+            num_slots=1,
+            context_tokens=64,
+            num_token_ids=NUM_TOKEN_IDS,
+            kv_dtype=kv_dtype,
+            placement=placement,
+        )
+    assert made.named == {torch.device("cpu", 1)}
+    with DeviceWatch() as made:
+        stream = engine.submit(request(20, logit_bias={22: 9.0}, presence_penalty=1.0))
+    assert made.named == {torch.device("cpu", 2)}
+    drain(stream)
+    engine.close()
+    assert isinstance(backend.steps[0].cache.keys[0], store)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from ernie45.backends.base import Batch, Step, VisionTokens
-from ernie45.engine.engine import PREFILL_CHUNK_TOKENS, Engine
+from ernie45.engine.engine import Engine
 from ernie45.engine.media import CACHE_BYTES, MediaEncoder, SequenceMedia
 from ernie45.errors import UnsupportedError
+from ernie45.memory.workspace import PREFILL_CHUNK_TOKENS
+from ernie45.presets import WeightPart
 from ernie45.spec import ModelSpec, parse_spec
 from ernie45.types.media import Media, PlacedMedia
 from ernie45.types.requests import ThinkingLimit, TokenRequest
@@ -54,6 +56,7 @@ class SeeingBackend:
         self.spec = vision_spec()
         self.dtype = torch.float32
         self.device = torch.device("cpu")
+        self.weight_bytes: Mapping[WeightPart, int] = {}
         self.log: list[Batch | tuple[int, int, int]] = []
         self.may_encode = threading.Event()
         self.may_encode.set()

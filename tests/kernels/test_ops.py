@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ernie45.kernels.ops import RotaryTable, attention, rms_norm, rotate, swiglu
 
@@ -64,3 +67,22 @@ def test_attention_against_the_plain_formula(num_tokens: int, num_keys: int, num
             scores = keys[kv_head, :seen].double() @ query[token, head].double() / math.sqrt(8)
             expected[token, head] = scores.softmax(0) @ values[kv_head, :seen].double()
     torch.testing.assert_close(attention(query, keys, values).double(), expected.flatten(1), atol=1e-5, rtol=0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that an operation gives."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.num_bytes = max(self.num_bytes, result.untyped_storage().nbytes())
+        return result
+
+
+def test_attention_to_a_long_prompt_makes_no_matrix_of_all_pairs() -> None:
+    keys, values = torch.randn(2, 1, 2048, 8, generator=torch.Generator().manual_seed(0))
+    with LargestTensor() as largest:  # type: ignore[no-untyped-call]
+        attention(torch.ones(512, 2, 8), keys, values)
+    assert 0 < largest.num_bytes < 512 * 2048  # a byte a pair

@@ -4,8 +4,16 @@ from typing import Any
 
 import pytest
 
-from ernie45.errors import InvalidRequestError, OutOfMemoryError
-from ernie45.memory.budget import Budget, fit, kv_bytes, parse_bytes
+from ernie45.errors import InvalidRequestError
+from ernie45.memory.budget import (
+    Limits,
+    check_budget,
+    check_kv_dtype,
+    kv_bytes,
+    kv_bytes_per_token,
+    parse_bytes,
+    parse_limits,
+)
 from ernie45.spec import ModelSpec, parse_spec
 
 GIB = 2**30
@@ -27,13 +35,6 @@ def spec_of(**entries: Any) -> ModelSpec:
         "rope_theta": 500000,
     }
     return parse_spec({**config, **entries})
-
-
-def budget(memory_bytes: int, *, weight_bytes: int = 0, entries: dict[str, Any] | None = None, **asked: Any) -> Budget:
-    options: dict[str, Any] = {"context_tokens": None, "max_batch": None, **asked}
-    return fit(
-        spec_of(**(entries or {})), weight_bytes=weight_bytes, bytes_per_value=2, memory_bytes=memory_bytes, **options
-    )
 
 
 @pytest.mark.parametrize(
@@ -74,64 +75,51 @@ def test_kv_cache_of_the_published_model() -> None:
     assert kv_bytes(spec_of(), context_tokens=10, max_batch=3, bytes_per_value=4) == 18_432 * 2 * 30
 
 
-def test_with_room_for_all_the_defaults_are_taken() -> None:
-    assert budget(100 * GIB) == Budget(context_tokens=8192, max_batch=32)
-    assert budget(100 * GIB, entries={"max_position_embeddings": 100}) == Budget(context_tokens=100, max_batch=32)
+def test_an_int8_kv_cache_has_a_byte_for_a_number_and_two_for_a_scale() -> None:
+    """2 · 18 layers · 2 heads · (128 + 2) bytes, whatever the model's dtype."""
+    for bytes_per_value in (2, 4):
+        assert kv_bytes_per_token(spec_of(), bytes_per_value=bytes_per_value, kv_dtype="int8") == 2 * 18 * 2 * 130
 
 
-def test_rows_give_way_before_tokens() -> None:
-    row_bytes = 8192 * 18_432
-    assert budget(5 * row_bytes) == Budget(context_tokens=8192, max_batch=5)
-    assert budget(6 * row_bytes - 1) == Budget(context_tokens=8192, max_batch=5)
-    assert budget(row_bytes - 1) == Budget(context_tokens=8191, max_batch=1)
-    assert budget(256 * 18_432) == Budget(context_tokens=256, max_batch=1)
-    assert budget(64 * 18_432, entries={"max_position_embeddings": 64}) == Budget(context_tokens=64, max_batch=1)
+@pytest.mark.parametrize("asked", ["bfloat16", "int4", "", None])
+def test_an_unknown_kv_dtype(asked: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="kv_dtype=") as caught:
+        check_kv_dtype(asked)
+    assert "int8" in caught.value.hint
 
 
-def test_weights_take_their_part_first() -> None:
-    row_bytes = 8192 * 18_432
-    assert budget(GIB + 2 * row_bytes, weight_bytes=GIB) == Budget(context_tokens=8192, max_batch=2)
+def test_memory_limits() -> None:
+    assert parse_limits(None) == Limits(devices={})
+    assert parse_limits("12GiB") == Limits(devices={"cpu": 12 * GIB})
+    named = parse_limits({"cuda": "1GiB", "cuda:1": "2GiB", "cpu": "3GiB", "disk": "5GB"})
+    assert named == Limits(devices={"cuda:0": GIB, "cuda:1": 2 * GIB, "cpu": 3 * GIB}, disk_bytes=5 * 10**9)
+    assert parse_limits({"cpu:0": "1", "cpu:1": "2"}).devices == {"cpu:0": 1, "cpu:1": 2}
 
 
-def test_what_is_asked_for_is_kept() -> None:
-    row_bytes = 8192 * 18_432
-    assert budget(row_bytes, max_batch=4) == Budget(context_tokens=2048, max_batch=4)
-    assert budget(row_bytes, context_tokens=1000) == Budget(context_tokens=1000, max_batch=8)
-    assert budget(row_bytes, context_tokens=1000, max_batch=3) == Budget(context_tokens=1000, max_batch=3)
-    assert budget(100 * GIB, context_tokens=131072, max_batch=40) == Budget(context_tokens=131072, max_batch=40)
+@pytest.mark.parametrize("memory", [{"gpu": "1GiB"}, {"cuda:x": "1GiB"}, {1: "1GiB"}, {"cpu:": "1GiB"}, {"": "1GiB"}])
+def test_what_is_no_device(memory: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="is no device") as caught:
+        parse_limits(memory)
+    assert "'cuda:1'" in caught.value.hint
 
 
 @pytest.mark.parametrize(
-    ("memory_bytes", "weight_bytes", "asked"),
-    [
-        (GIB, 2 * GIB, {}),
-        (GIB, GIB, {}),
-        (GIB + 256 * 18_432 - 1, GIB, {}),
-        (3 * GIB, 1 * GIB, {"context_tokens": 131072}),
-        (3 * GIB, 1 * GIB, {"max_batch": 10**6}),
-        (3 * GIB, 1 * GIB, {"context_tokens": 100_000, "max_batch": 2}),
-    ],
+    "memory", [{"cuda": "1", "cuda:0": "1"}, {"cpu": "1", "cpu:1": "1"}, {"cpu:1": "1", "cpu": "1"}]
 )
-def test_what_does_not_fit_is_refused_with_the_numbers(
-    memory_bytes: int, weight_bytes: int, asked: dict[str, Any]
-) -> None:
-    with pytest.raises(OutOfMemoryError) as caught:
-        budget(memory_bytes, weight_bytes=weight_bytes, **asked)
-    assert f"weights {weight_bytes / GIB:.2f} GiB" in caught.value.message
-    assert f"there are {memory_bytes / GIB:.2f} GiB" in caught.value.message
-    assert "context_tokens=" in caught.value.hint
+def test_a_device_named_twice(memory: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="twice"):
+        parse_limits(memory)
 
 
-def test_the_needed_amount_is_what_then_fits() -> None:
-    with pytest.raises(OutOfMemoryError, match=r"needs 4\.50 GiB \(weights 0\.0 MiB, KV cache for 2 x 131072 tokens"):
-        budget(GIB, context_tokens=131072, max_batch=2)
-    assert budget(9 * GIB // 2, context_tokens=131072, max_batch=2) == Budget(context_tokens=131072, max_batch=2)
+def test_a_context_and_a_batch_that_can_be_had() -> None:
+    for context_tokens in (None, 1, 131072):
+        check_budget(spec_of(), context_tokens=context_tokens, max_batch=10**9)
 
 
 @pytest.mark.parametrize("asked", [0, -1, 131073, 10.5, "many", True])
 def test_a_context_the_model_cannot_have(asked: Any) -> None:
     with pytest.raises(InvalidRequestError, match="131072") as caught:
-        budget(GIB, context_tokens=asked)
+        check_budget(spec_of(), context_tokens=asked, max_batch=None)
     assert repr(asked) in caught.value.message
     assert caught.value.hint
 
@@ -139,6 +127,6 @@ def test_a_context_the_model_cannot_have(asked: Any) -> None:
 @pytest.mark.parametrize("asked", [0, -1, 1.5, "many", True])
 def test_a_batch_that_is_no_number_of_rows(asked: Any) -> None:
     with pytest.raises(InvalidRequestError, match="max_batch") as caught:
-        budget(GIB, max_batch=asked)
+        check_budget(spec_of(), context_tokens=None, max_batch=asked)
     assert repr(asked) in caught.value.message
     assert caught.value.hint

@@ -16,8 +16,8 @@ from ernie45 import ErnieModel, InvalidRequestError, SamplingOptions
 from ernie45.backends.base import VisionTokens
 from ernie45.backends.vision_language import VisionLanguageBackend
 from ernie45.engine import media as engine_media
-from ernie45.engine.engine import PREFILL_CHUNK_TOKENS
 from ernie45.memory import media as memory_media
+from ernie45.memory.workspace import PREFILL_CHUNK_TOKENS
 from ernie45.types.prompts import Prompt
 from ernie45.vision import rotary_positions
 from tests.vl_models import (

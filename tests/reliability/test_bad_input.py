@@ -167,7 +167,6 @@ LOAD_ARGUMENTS: list[tuple[dict[str, Any], type[ErnieError], tuple[str, ...]]] =
     ({"dtype": "float64"}, UnsupportedError, ("'float64'",)),
     ({"dtype": torch.float32}, UnsupportedError, ("torch.float32",)),
     ({"quantization": "int3"}, InvalidRequestError, ("'int3'",)),
-    ({"quantization": "int8"}, UnsupportedError, ("'int8'",)),
 ]
 
 

@@ -158,8 +158,8 @@ def test_more_tasks_than_slots_all_get_their_reply(small_model: ErnieModel) -> N
 def test_close_ends_what_runs_and_gives_the_memory_back(small_folder_path: Path) -> None:
     before = engine_threads()
     model = open_model(small_folder_path)
-    weight = weakref.ref(engine_of(model)._backend._decoder.embedding)  # type: ignore[attr-defined]
-    keys = weakref.ref(engine_of(model)._cache.keys[0])
+    weight = weakref.ref(engine_of(model)._backend._decoder.embedding.weight)  # type: ignore[attr-defined]
+    keys = weakref.ref(engine_of(model)._cache.keys[0].read(0, 1)._base)
     assert weight() is not None
     stream = model.stream_generate([5], **LONG)
     next(stream)

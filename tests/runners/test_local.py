@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from ernie45.backends.base import Backend, BuildOptions
 from ernie45.backends.text import build_text
 from ernie45.checkpoint.headers import read_headers, read_json
 from ernie45.checkpoint.layouts import PtLayout
@@ -15,6 +17,7 @@ from ernie45.errors import ModelClosedError
 from ernie45.runners.base import Handle, Runner
 from ernie45.runners.local import LocalRunner
 from ernie45.spec import parse_spec
+from ernie45.types.placement import Placement
 from ernie45.types.requests import Sampling, TokenRequest
 from ernie45.types.results import TokenEvent
 
@@ -22,16 +25,16 @@ from ernie45.types.results import TokenEvent
 @pytest.fixture
 def runner(small_folder_path: Path) -> Iterator[Runner]:
     """Two slots of 64 tokens on the small model."""
-    backend = build_text(
-        parse_spec(read_json(small_folder_path / "config.json")),
-        TensorReader(read_headers(small_folder_path), PtLayout()),
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        context_tokens=64,
-    )
-    runner = LocalRunner(backend, num_slots=2, context_tokens=64, num_token_ids=300)
+    runner = LocalRunner(build(small_folder_path), num_slots=2, context_tokens=64, num_token_ids=300)
     yield runner
     runner.close()
+
+
+def build(folder: Path, placement: Placement | None = None) -> Backend:
+    spec = parse_spec(read_json(folder / "config.json"))
+    source = TensorReader(read_headers(folder), PtLayout())
+    options = BuildOptions.unquantised(spec, dtype=torch.float32, device="cpu", context_tokens=64)
+    return build_text(spec, source, options if placement is None else replace(options, placement=placement))
 
 
 def request(*ids: int, max_new_tokens: int = 8) -> TokenRequest:
@@ -98,3 +101,23 @@ def test_close_ends_every_request_with_an_error(runner: Runner, when: str) -> No
     }
     with pytest.raises(ModelClosedError, match="closed"):
         calls[when]()
+
+
+def test_a_model_on_two_devices_with_its_cache_in_int8(runner: Runner, small_folder_path: Path) -> None:
+    placement = replace(Placement.on("cpu:0", 2), layers=("cpu:0", "cpu:1"), head="cpu:1")
+    split = LocalRunner(
+        build(small_folder_path, placement),
+        num_slots=1,
+        context_tokens=64,
+        num_token_ids=300,
+        kv_dtype="int8",
+        placement=placement,
+    )
+    asked = TokenRequest(token_ids=(5, 6, 7), logit_positions=(2,))
+    logits = [next_event(on.submit(asked)).logits for on in (split, runner)]
+    assert logits[0] is not None
+    assert logits[1] is not None
+    error = (logits[0] - logits[1]).norm() / logits[1].norm()
+    assert 0 < error < 0.05
+    assert len(read(split.submit(request(5, 6, max_new_tokens=7)))[0]) == 7
+    split.close()

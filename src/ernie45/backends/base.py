@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from ernie45.backends.kv_cache import KVCache
+from ernie45.presets import PRESETS, QuantPreset, WeightPart
 from ernie45.spec import ModelSpec
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KVCache:
-    """Keys and values of every slot, a tensor [slots, Hkv, context, D] per layer. The engine owns it, lending slots."""
-
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-
-    @staticmethod
-    def allocate(
-        spec: ModelSpec, *, num_slots: int, context_tokens: int, dtype: torch.dtype, device: torch.device
-    ) -> KVCache:
-        # empty, not zeros: on a CPU the pages of unused slots then never become resident.
-        shape = (num_slots, spec.num_kv_heads, context_tokens, spec.head_dim)
-        keys = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(spec.num_layers))
-        values = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(spec.num_layers))
-        return KVCache(keys=keys, values=values)
+from ernie45.types.placement import Placement
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +42,20 @@ class Batch:
     rotary_positions: Tensor | None = None
     vision: VisionTokens | None = None
 
+    def to(self, device: torch.device) -> Batch:
+        """The same with its tensors on `device`; itself where they lie there. The cache stays where it is."""
+        if self.token_ids.device == device:
+            return self
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device),
+            positions=self.positions.to(device),
+            slots=self.slots.to(device),
+            wanted=self.wanted.to(device),
+            rotary_positions=None if self.rotary_positions is None else self.rotary_positions.to(device),
+            vision=None if self.vision is None else self.vision.to(device),
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionTokens:
@@ -70,6 +70,15 @@ class VisionTokens:
     embedded: Tensor
     features: Tensor
 
+    def to(self, device: torch.device) -> VisionTokens:
+        """The same on `device`."""
+        return VisionTokens(
+            text=self.text.to(device),
+            routed=self.routed.to(device),
+            embedded=self.embedded.to(device),
+            features=self.features.to(device),
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
@@ -78,11 +87,33 @@ class Step:
     logits: Tensor
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildOptions:
+    """How a backend is to be built: the dtype of its arithmetic and of what `preset` does not cover, where its parts
+    lie, and the longest sequence in tokens."""
+
+    dtype: torch.dtype
+    placement: Placement
+    preset: QuantPreset
+    context_tokens: int
+
+    @staticmethod
+    def unquantised(spec: ModelSpec, *, dtype: torch.dtype, device: str, context_tokens: int = 1) -> BuildOptions:
+        """Everything in `dtype` on one device; "meta" for a build without weights."""
+        placement = Placement.on(device, spec.num_layers)
+        return BuildOptions(dtype=dtype, placement=placement, preset=PRESETS["none"], context_tokens=context_tokens)
+
+
 class Backend(Protocol):
     """A model's weights and its forward step. The engine calls it from one thread only."""
 
     @property
     def spec(self) -> ModelSpec: ...
+
+    @property
+    def weight_bytes(self) -> Mapping[WeightPart, int]:
+        """Bytes of the weights it holds, by part."""
+        ...
 
     @property
     def dtype(self) -> torch.dtype: ...

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ernie45.backends.base import Batch, VisionTokens
-from ernie45.kernels.linear import Linear
+from ernie45.kernels.linear import Embedding, Linear
 from ernie45.kernels.ops import RotaryTable, attention, rms_norm, rotate, route, swiglu
 from ernie45.spec import ModelSpec
 
@@ -38,19 +38,17 @@ class Attention:
     head_dim: int
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, layer: int) -> Tensor:
-        keys, values = batch.cache.keys[layer], batch.cache.values[layer]
         heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         num_rotated = self.num_heads + self.num_kv_heads
         query, key = rotate(heads[:, :num_rotated], cos, sin).split((self.num_heads, self.num_kv_heads), dim=1)
-        keys[batch.slots, :, batch.positions] = key
-        values[batch.slots, :, batch.positions] = heads[:, num_rotated:]
+        batch.cache.write(layer, batch.slots, batch.positions, key, heads[:, num_rotated:])
 
         seen = []
         first = 0
         for row in batch.rows:
             end = row.start + row.num_tokens
             new = query[first : first + row.num_tokens]
-            seen.append(attention(new, keys[row.slot, :, :end], values[row.slot, :, :end]))
+            seen.append(attention(new, *batch.cache.read(layer, row.slot, end)))
             first += row.num_tokens
         return self.out(seen[0] if len(seen) == 1 else torch.cat(seen))
 
@@ -84,20 +82,23 @@ class Router:
 class ExpertBank:
     """Each token goes through the K of E `experts` its router chose.
 
-    Only experts that some token chose are looked up in the table.
+    Only experts that some token chose are looked up in the table. They lie on `device`; where that is not the router's,
+    rows go there and come back as a sum.
     """
 
     router: Router
     experts: Sequence[DenseMLP]
+    device: torch.device
 
-    def __call__(self, x: Tensor) -> Tensor:
-        chosen, shares = self.router(x)
+    def __call__(self, rows: Tensor) -> Tensor:
+        """rows [N, h] on the router's device -> [N, h], there as well"""
+        x, chosen, shares = (tensor.to(self.device) for tensor in (rows, *self.router(rows)))
         # Summed in float32 and always in the order of the experts: a row's bits do not depend on the others.
         routed = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for expert, tokens, places in _hits(chosen):
             out = self.experts[expert](x[tokens])
             routed.index_add_(0, tokens, out * shares[tokens, places, None])
-        return routed.to(x.dtype)
+        return routed.to(x.dtype).to(rows.device)
 
 
 def _hits(chosen: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -143,24 +144,37 @@ class DecoderLayer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Decoder:
-    """The whole trunk: embedding [V, h], layers, final norm and output head [V, h]."""
+class Stage:
+    """Layers that follow one another on one device, from number `first` on."""
 
-    spec: ModelSpec
-    embedding: Tensor
+    device: torch.device
+    first: int
     layers: tuple[DecoderLayer, ...]
-    norm: Norm
-    head: Linear
     rotary: RotaryTable
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoder:
+    """The whole trunk: embedding [V, h], layers, final norm and output head [V, h], the last two on `head_device`."""
+
+    spec: ModelSpec
+    embedding: Embedding
+    stages: tuple[Stage, ...]
+    norm: Norm
+    head: Linear
+    head_device: torch.device
+
     def __call__(self, batch: Batch) -> Tensor:
-        """Run the batch through every layer, filling its KV slots -> float32 logits [M, V] of the wanted tokens."""
-        x = self.embedding[batch.token_ids]
+        """Run the batch, whose tensors lie with the embedding, through every layer, filling its KV slots -> float32
+        logits [M, V] of the wanted tokens, on the head's device."""
+        x = self.embedding.lookup(batch.token_ids)
         if batch.vision is not None:
             x[batch.vision.embedded] = batch.vision.features
-        cos, sin = self.rotary.at(batch.positions if batch.rotary_positions is None else batch.rotary_positions)
-        for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, batch, index)
+        for stage in self.stages:
+            x, batch = x.to(stage.device), batch.to(stage.device)
+            cos, sin = stage.rotary.at(batch.positions if batch.rotary_positions is None else batch.rotary_positions)
+            for index, layer in enumerate(stage.layers, stage.first):
+                x = layer(x, cos, sin, batch, index)
         if not len(batch.wanted):
-            return x.new_empty((0, self.spec.vocab_size), dtype=torch.float32)
-        return self.head(self.norm(x[batch.wanted])).float()
+            return torch.empty((0, self.spec.vocab_size), dtype=torch.float32, device=self.head_device)
+        return self.head(self.norm(x[batch.wanted].to(self.head_device))).float()

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
 
-import torch
-
-from ernie45.backends.base import Backend
+from ernie45.backends.base import Backend, BuildOptions
 from ernie45.backends.text import build_text
 from ernie45.backends.vision_language import build_vision_language
 from ernie45.checkpoint.read import TensorSource
@@ -20,13 +18,12 @@ from ernie45.spec import ModelSpec, parse_spec
 class BuildBackend(Protocol):
     """Builds a backend from a checkpoint's tensors.
 
-    It is called twice: first on torch's "meta" device with a source that only checks names and shapes, so that whatever
-    is missing shows before anything is read, then on the real one. Every stored tensor must be asked for.
+    It is called twice: first with everything placed on torch's "meta" device and a source that only checks names and
+    shapes, so that whatever is missing shows before anything is read, then with the real ones. Every stored tensor must
+    be asked for.
     """
 
-    def __call__(
-        self, spec: ModelSpec, source: TensorSource, *, dtype: torch.dtype, device: torch.device, context_tokens: int
-    ) -> Backend: ...
+    def __call__(self, spec: ModelSpec, source: TensorSource, options: BuildOptions) -> Backend: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

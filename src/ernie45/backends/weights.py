@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ernie45.backends.base import BuildOptions
 from ernie45.backends.decoder import (
     Attention,
     Decoder,
@@ -16,95 +20,189 @@ from ernie45.backends.decoder import (
     ExpertMLP,
     Norm,
     Router,
+    Stage,
 )
-from ernie45.checkpoint.read import TensorSource
-from ernie45.kernels.linear import Linear, packs
+from ernie45.checkpoint.read import BlockSource, PackedSource, TensorSource
+from ernie45.kernels.bitsandbytes import BnbInt8Linear, Nf4Linear
+from ernie45.kernels.linear import DenseEmbedding, DenseLinear, Embedding, Linear, packs
 from ernie45.kernels.ops import RotaryTable
+from ernie45.kernels.packed_linear import PackedEmbedding, StackedLinear, build_packed_linear
+from ernie45.presets import INT4_GROUP, Part, WeightPart
+from ernie45.quantization.packed import Packed, PackedInt8, empty_packed
+from ernie45.quantization.quantize import quantize_into
 from ernie45.spec import ExpertSpec, ModelSpec
+
+_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 
 
 class WeightBuilder:
-    """Reads the weights of one checkpoint into `dtype` on `device`, and puts the parts of a Decoder together."""
+    """Reads the weights of one checkpoint to `device`, quantises what the preset covers, and puts the parts of a
+    Decoder together. `placed` counts their bytes; builders made by `on` share it."""
 
-    def __init__(self, spec: ModelSpec, source: TensorSource, dtype: torch.dtype, device: torch.device) -> None:
-        self.spec, self.source, self.dtype, self.device = spec, source, dtype, device
-        # Weights that get packed are read into one buffer, over and over: a fresh one each time would leave holes in
-        # the heap, a tenth of the model in all.
-        self._staging = self.empty((0,)) if packs(dtype, device) else None
+    def __init__(self, spec: ModelSpec, source: TensorSource, options: BuildOptions) -> None:
+        self.spec, self.source, self.options = spec, source, options
+        self.dtype, self.device = options.dtype, torch.device(options.placement.embedding)
+        self.placed: Counter[WeightPart] = Counter()
+        self._staging = Staging(self.dtype)
 
-    def decoder(self, context_tokens: int) -> Decoder:
+    def on(self, device: str) -> WeightBuilder:
+        """The builder of the same model for another device."""
+        if torch.device(device) == self.device:
+            return self
+        other = WeightBuilder(self.spec, self.source, self.options)
+        other.device, other.placed, other._staging = torch.device(device), self.placed, self._staging
+        return other
+
+    def decoder(self) -> Decoder:
         """The whole text trunk."""
-        spec = self.spec
-        embedding = self.tensor((spec.vocab_size, spec.hidden_size), "model.embed_tokens.weight")
+        spec, placement = self.spec, self.options.placement
+        embedding, tied_head = self.embedding()
+        stages = self.stages()
+        last = self.on(placement.head)
         return Decoder(
             spec=spec,
             embedding=embedding,
-            layers=tuple(self.layer(i) for i in range(spec.num_layers)),
-            norm=self.norm("model.norm.weight"),
-            head=self.head(embedding),
-            rotary=RotaryTable(
-                head_dim=spec.head_dim,
-                theta=spec.rope_theta,
-                context_tokens=context_tokens,
-                device=self.device,
-                num_time_frequencies=0 if spec.vision is None else spec.vision.num_time_frequencies,
-            ),
+            stages=stages,
+            norm=last.norm("model.norm.weight"),
+            head=tied_head or last.head(),
+            head_device=last.device,
         )
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The layers, by the devices that follow one another; the rotary table is once on each."""
+        devices = self.options.placement.layers
+        # The layers come first: what a damaged config asks for is refused before a table is made by it.
+        layers = [self.layer(index) for index in range(len(devices))]
+        tables = {name: self.on(name).rotary() for name in dict.fromkeys(devices)}
+        runs = [(name, list(run)) for name, run in groupby(range(len(devices)), key=devices.__getitem__)]
+        return tuple(
+            Stage(
+                device=torch.device(name),
+                first=indices[0],
+                layers=tuple(layers[indices[0] : indices[-1] + 1]),
+                rotary=tables[name],
+            )
+            for name, indices in runs
+        )
+
+    def rotary(self) -> RotaryTable:
+        return RotaryTable(
+            head_dim=self.spec.head_dim,
+            theta=self.spec.rope_theta,
+            context_tokens=self.options.context_tokens,
+            device=self.device,
+            num_time_frequencies=0 if self.spec.vision is None else self.spec.vision.num_time_frequencies,
+        )
+
+    def embedding(self) -> tuple[Embedding, Linear | None]:
+        """The embedding, and the output head where the embedding serves as one: the files decide, a head of its own is
+        used whatever the config says."""
+        spec = self.spec
+        shape = (spec.vocab_size, spec.hidden_size)
+        tied = f"{_HEAD}.weight" not in self.source and spec.tied is not False
+        packed = self.packed({_EMBEDDING: spec.vocab_size}, spec.hidden_size, part="embedding")
+        table: Tensor | PackedInt8
+        embedding: Embedding
+        if packed is not None:
+            assert isinstance(packed[0], PackedInt8)
+            table = packed[0]
+            embedding = PackedEmbedding(table, self.dtype)
+            self._count("embedding", build_packed_linear(table, None, self.dtype))
+        else:
+            table = self.tensor(shape, f"{_EMBEDDING}.weight", part="embedding")
+            embedding = DenseEmbedding(table)
+        return embedding, self.on(self.options.placement.head).tied_head(table, self.device) if tied else None
+
+    def tied_head(self, table: Tensor | PackedInt8, lies_on: torch.device) -> Linear:
+        """The embedding's table as the output head; a copy of it where that is on another device."""
+        bias = self.head_bias()
+        linear: Linear
+        if isinstance(table, PackedInt8):
+            codes, scales = table.codes.to(self.device), table.scales.to(self.device)
+            linear = build_packed_linear(PackedInt8(codes=codes, scales=scales), bias, self.dtype)
+        else:
+            # Not packed: that would double it, for the embedding is looked up by row.
+            linear = DenseLinear(table.to(self.device), bias, pack=False)
+        if self.device != lies_on:
+            self._count("head", linear)
+        return linear
+
+    def head(self) -> Linear:
+        """An output head of its own."""
+        spec = self.spec
+        packed = self.packed({_HEAD: spec.vocab_size}, spec.hidden_size, part="head")
+        bias = self.head_bias()
+        if packed is not None:
+            linear = build_packed_linear(packed[0], bias, self.dtype)
+        else:
+            linear = DenseLinear(
+                self.read((spec.vocab_size, spec.hidden_size), _weights({_HEAD: spec.vocab_size})), bias
+            )
+        self._count("head", linear)
+        return linear
+
+    def head_bias(self) -> Tensor | None:
+        if f"{_HEAD}.bias" not in self.source:
+            return None
+        return self.read((self.spec.vocab_size,), {f"{_HEAD}.bias": self.spec.vocab_size})
 
     def layer(self, index: int) -> DecoderLayer:
         """One block."""
         prefix = f"model.layers.{index}."
         has_experts = self.spec.experts is not None and self.spec.experts.in_layer(index)
+        here = self.on(self.options.placement.layers[index])
         return DecoderLayer(
-            attention_norm=self.norm(prefix + "input_layernorm.weight"),
-            attention=self.attention(prefix + "self_attn."),
-            mlp_norm=self.norm(prefix + "post_attention_layernorm.weight"),
-            mlp=self.experts(prefix + "mlp.")
+            attention_norm=here.norm(prefix + "input_layernorm.weight"),
+            attention=here.attention(prefix + "self_attn."),
+            mlp_norm=here.norm(prefix + "post_attention_layernorm.weight"),
+            mlp=here.experts(prefix + "mlp.", self.options.placement.experts[index])
             if has_experts
-            else self.mlp(prefix + "mlp.", self.spec.intermediate_size, has_bias=self.spec.use_bias),
+            else here.mlp(prefix + "mlp.", self.spec.intermediate_size, part="dense_mlp", has_bias=self.spec.use_bias),
         )
 
     def attention(self, prefix: str) -> Attention:
         spec = self.spec
         query_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         heads = {prefix + "q_proj": query_size, prefix + "k_proj": kv_size, prefix + "v_proj": kv_size}
+        out = {prefix + "o_proj": spec.hidden_size}
         return Attention(
-            qkv=self.linear(spec.hidden_size, heads, has_bias=spec.use_bias),
-            out=self.linear(query_size, {prefix + "o_proj": spec.hidden_size}, has_bias=spec.use_bias),
+            qkv=self.linear(spec.hidden_size, heads, part="attention", has_bias=spec.use_bias),
+            out=self.linear(query_size, out, part="attention", has_bias=spec.use_bias),
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
         )
 
-    def mlp(self, prefix: str, width: int, *, has_bias: bool) -> DenseMLP:
+    def mlp(self, prefix: str, width: int, *, part: Part, has_bias: bool) -> DenseMLP:
         hidden_size = self.spec.hidden_size
+        gate_up = {prefix + "gate_proj": width, prefix + "up_proj": width}
         return DenseMLP(
-            gate_up=self.linear(
-                hidden_size, {prefix + "gate_proj": width, prefix + "up_proj": width}, has_bias=has_bias
-            ),
-            down=self.linear(width, {prefix + "down_proj": hidden_size}, has_bias=has_bias),
+            gate_up=self.linear(hidden_size, gate_up, part=part, has_bias=has_bias),
+            down=self.linear(width, {prefix + "down_proj": hidden_size}, part=part, has_bias=has_bias),
         )
 
-    def experts(self, prefix: str) -> ExpertMLP:
+    def experts(self, prefix: str, bank_device: str) -> ExpertMLP:
         experts = self.spec.experts
         assert experts is not None
         shared = None
         if experts.num_shared_experts:
             width = experts.num_shared_experts * experts.intermediate_size
-            shared = self.mlp(prefix + "shared_experts.", width, has_bias=self.spec.use_bias)
+            shared = self.mlp(prefix + "shared_experts.", width, part="shared_experts", has_bias=self.spec.use_bias)
         # The two banks of a vision-language model lie in one row: experts, and rows of the correction bias.
         text, vision = experts, None if self.spec.vision is None else self.spec.vision.experts
         text_gate = self.gate(prefix + "gate.weight", text)
         vision_gate = None if vision is None else self.gate(prefix + "gate.weight_1", vision)
         correction = None
         if text.has_correction_bias:
-            correction = self.empty((1 if vision is None else 2, text.num_experts), torch.float32)
-            self.source.read_into(correction, {prefix + "moe_statics.e_score_correction_bias": len(correction)})
+            shape = (1 if vision is None else 2, text.num_experts)
+            name = prefix + "moe_statics.e_score_correction_bias"
+            correction = self.tensor(shape, name, part="router", dtype=torch.float32)
+        there = self.on(bank_device)
         return ExpertMLP(
-            text=self.bank(prefix, text, text_gate, 0, None if correction is None else correction[:1]),
+            text=there.bank(prefix, text, text_gate, 0, None if correction is None else correction[:1]),
             vision=None
             if vision is None or vision_gate is None
-            else self.bank(
+            else there.bank(
                 prefix, vision, vision_gate, text.num_experts, None if correction is None else correction[1:]
             ),
             shared=shared,
@@ -112,9 +210,7 @@ class WeightBuilder:
 
     def gate(self, name: str, experts: ExpertSpec) -> Tensor:
         """A router's weight, in float32 whatever the model's dtype, as published."""
-        weight = self.empty((experts.num_experts, self.spec.hidden_size), torch.float32)
-        self.source.read_into(weight, {name: experts.num_experts})
-        return weight
+        return self.tensor((experts.num_experts, self.spec.hidden_size), name, part="router", dtype=torch.float32)
 
     def bank(self, prefix: str, experts: ExpertSpec, gate: Tensor, first: int, correction: Tensor | None) -> ExpertBank:
         """A router with this weight, and its experts from number `first` on."""
@@ -128,48 +224,114 @@ class WeightBuilder:
                 norm_min=experts.norm_min,
             ),
             experts=tuple(
-                self.mlp(f"{prefix}experts.{number}.", experts.intermediate_size, has_bias=has_bias)
+                self.mlp(
+                    f"{prefix}experts.{number}.", experts.intermediate_size, part="routed_experts", has_bias=has_bias
+                )
                 for number in range(first, first + experts.num_experts)
             ),
+            device=self.device,
         )
 
-    def linear(self, in_features: int, parts: Mapping[str, int], *, has_bias: bool) -> Linear:
+    def linear(
+        self, in_features: int, parts: Mapping[str, int], *, part: Part | Literal["vision"], has_bias: bool
+    ) -> Linear:
         """One matrix out of several stored ones: `parts` are their names (without ".weight") and output widths."""
-        out_features = sum(parts.values())
-        weight = self.unpacked(out_features, in_features)
-        self.source.read_into(weight, {f"{name}.weight": width for name, width in parts.items()})
         bias = None
         if has_bias:
-            bias = self.empty((out_features,))
-            self.source.read_into(bias, {f"{name}.bias": width for name, width in parts.items()})
-        return Linear(weight, bias)
+            bias = self.read((sum(parts.values()),), {f"{name}.bias": width for name, width in parts.items()})
+        linear = self._matrix(in_features, parts, part, bias)
+        self._count(part, linear)
+        return linear
 
-    def head(self, embedding: Tensor) -> Linear:
-        """The files decide: an output head of its own is used, whatever the config says, else the embedding serves."""
-        spec = self.spec
-        bias = None
-        if "lm_head.bias" in self.source:
-            bias = self.tensor((spec.vocab_size,), "lm_head.bias")
-        if "lm_head.weight" in self.source or spec.tied is False:
-            return Linear(self.tensor((spec.vocab_size, spec.hidden_size), "lm_head.weight"), bias)
-        return Linear(embedding, bias, pack=False)  # packing would double it: the embedding is looked up by row
+    def _matrix(
+        self, in_features: int, parts: Mapping[str, int], part: Part | Literal["vision"], bias: Tensor | None
+    ) -> Linear:
+        packed = None if part == "vision" else self.packed(parts, in_features, part=part)
+        if packed is not None:
+            if len(packed) == 1:
+                return build_packed_linear(packed[0], bias, self.dtype)
+            return StackedLinear([build_packed_linear(piece, None, self.dtype) for piece in packed], bias)
+        scheme = None if part == "vision" else self.options.preset.scheme(part, in_features)
+        if scheme == "nf4":
+            return Nf4Linear(self.staged(in_features, parts).to(self.device), bias)
+        if scheme == "bnb-int8":
+            return BnbInt8Linear(self.staged(in_features, parts).to(self.device), bias)
+        if packs(self.dtype, self.device):
+            return DenseLinear(self.staged(in_features, parts), bias)
+        return DenseLinear(self.read((sum(parts.values()), in_features), _weights(parts)), bias)
 
-    def norm(self, name: str) -> Norm:
-        return Norm(weight=self.tensor((self.spec.hidden_size,), name), eps=self.spec.rms_norm_eps)
+    def packed(self, parts: Mapping[str, int], in_features: int, *, part: Part) -> Sequence[Packed] | None:
+        """The matrix as the files hold it, if they hold it quantised, in as many pieces as cannot be joined; else
+        rounded to int8 or int4 if the preset says so; else None."""
+        if isinstance(self.source, PackedSource):
+            stored = self.source.read_packed(parts, in_features, self.device)
+            if stored is not None:
+                return stored
+        scheme = self.options.preset.scheme(part, in_features)
+        if scheme not in ("int8", "int4"):
+            return None
+        packed = empty_packed(scheme, sum(parts.values()), in_features, INT4_GROUP, self.device)
+        if self.device.type == "meta":
+            self.staged(in_features, parts)
+        elif part in ("embedding", "head") and isinstance(packed, PackedInt8) and isinstance(self.source, BlockSource):
+            # As long as the vocabulary: the whole of one at a time would be the most that loading ever needs.
+            self._quantize_blocks(packed, self.source, *_weights(parts))
+        else:
+            quantize_into(packed, self.staged(in_features, parts))
+        return [packed]
 
-    def tensor(self, shape: tuple[int, ...], name: str) -> Tensor:
-        out = self.empty(shape)
-        self.source.read_into(out, {name: shape[0]})
-        return out
+    def _quantize_blocks(self, packed: PackedInt8, source: BlockSource, name: str) -> None:
+        first = 0
+        for block in source.read_blocks(name, (packed.out_features, packed.in_features)):
+            rows = slice(first, first + len(block))
+            quantize_into(PackedInt8(codes=packed.codes[rows], scales=packed.scales[rows]), block)
+            first = rows.stop
 
-    def unpacked(self, out_features: int, in_features: int) -> Tensor:
-        """Room for a weight that is about to become a Linear."""
-        num_values = out_features * in_features
-        if self._staging is None:
-            return self.empty((out_features, in_features))
-        if self._staging.numel() < num_values:
-            self._staging = self.empty((num_values,))
-        return self._staging[:num_values].view(out_features, in_features)
+    def norm(self, name: str, *, part: Literal["norms", "vision"] = "norms") -> Norm:
+        return Norm(weight=self.tensor((self.spec.hidden_size,), name, part=part), eps=self.spec.rms_norm_eps)
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+    def tensor(
+        self, shape: tuple[int, ...], name: str, *, part: WeightPart, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """A tensor that is kept as it is."""
+        tensor = self.read(shape, {name: shape[0]}, dtype)
+        self.placed[part] += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def read(self, shape: tuple[int, ...], parts: Mapping[str, int], dtype: torch.dtype | None = None) -> Tensor:
+        tensor = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+        self.source.read_into(tensor, parts)
+        return tensor
+
+    def staged(self, in_features: int, parts: Mapping[str, int]) -> Tensor:
+        """A weight that is about to be packed, quantised or copied, on the CPU, until the next one is read."""
+        shape = (sum(parts.values()), in_features)
+        weight = torch.empty(shape, dtype=self.dtype, device="meta")
+        if self.device.type != "meta":
+            weight = self._staging.room(shape)
+        self.source.read_into(weight, _weights(parts))
+        return weight
+
+    def _count(self, part: WeightPart, linear: Linear) -> None:
+        self.placed[part] += linear.code_bytes
+        self.placed["scales"] += linear.scale_bytes
+
+
+class Staging:
+    """One buffer that weights are read into before they are packed or quantised, over and over: a fresh one each time
+    would leave holes in the heap, a tenth of the model in all."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._buffer = torch.empty(0, dtype=dtype)
+
+    def room(self, shape: tuple[int, int]) -> Tensor:
+        """Room for a matrix, until the next call."""
+        num_values = shape[0] * shape[1]
+        if self._buffer.numel() < num_values:
+            self._buffer = torch.empty(num_values, dtype=self._buffer.dtype)
+        return self._buffer[:num_values].view(shape)
+
+
+def _weights(parts: Mapping[str, int]) -> dict[str, int]:
+    """The stored names of matrices."""
+    return {f"{name}.weight": width for name, width in parts.items()}

@@ -7,7 +7,7 @@ A [r, in] and B [out, r]. Merging adds scale * B @ A to the matrix (https://arxi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 from ernie45.checkpoint.adapter_config import MERGE_HINT, LoraSettings, read_lora_settings
 from ernie45.checkpoint.headers import CheckpointIndex, TensorInfo, read_file_headers
 from ernie45.checkpoint.layouts import LayoutName, Piece
-from ernie45.checkpoint.read import TORCH_DTYPES, TensorReader, TensorSource
+from ernie45.checkpoint.read import TORCH_DTYPES, BlockSource, TensorReader, TensorSource
 from ernie45.errors import CheckpointError, TensorError, UnsupportedError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -151,6 +151,11 @@ class AdaptedSource:
         for name, num_rows in parts.items():
             self._adapter.merge_into(name, out[first : first + num_rows])
             first += num_rows
+
+    def read_blocks(self, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:
+        """An embedding or output head, which no adapter changes, piece by piece."""
+        assert isinstance(self._source, BlockSource)
+        return self._source.read_blocks(name, shape)
 
     def check_all_merged(self) -> None:
         """To be called when the model is built: raises TensorError when the adapter changes tensors that the model did

@@ -8,11 +8,19 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ernie45.checkpoint.adapter import AdaptedSource, Adapter
+from ernie45.checkpoint.gptq import GptqSource
+from ernie45.checkpoint.gptq_config import GptqConfig, read_gptq_config, with_quantize_config
 from ernie45.checkpoint.headers import CheckpointIndex, read_headers, read_json
-from ernie45.checkpoint.layouts import Layout, detect_layout
+from ernie45.checkpoint.layouts import Layout, PtLayout, detect_layout
+from ernie45.checkpoint.packed import PackedCheckpointSource
+from ernie45.checkpoint.packed_config import read_packed_config
+from ernie45.checkpoint.progress import Advance
 from ernie45.checkpoint.quantized_releases import refuse_by_config, refuse_by_tensors
-from ernie45.checkpoint.read import hold_the_same
-from ernie45.errors import TensorError
+from ernie45.checkpoint.read import TensorReader, TensorSource, hold_the_same
+from ernie45.checkpoint.survey import HeaderSurvey
+from ernie45.errors import TensorError, UnsupportedError
+from ernie45.presets import QuantPreset
 from ernie45.spec import ModelSpec
 from ernie45.types.reports import IgnoredTensor
 
@@ -21,13 +29,19 @@ _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """A folder's spec, stored tensors and layout. `duplicates` are tensors left out of `index`, with the reason."""
+    """A folder's spec, stored tensors and layout.
+
+    `duplicates` are tensors left out of `index`, with the reason. `preset` is what the files are packed with, in our
+    own format; `gptq` how GPTQ's matrices are stored in them. Both are None where the weights are not quantised.
+    """
 
     folder: Path
     spec: ModelSpec
     index: CheckpointIndex
     layout: Layout
     duplicates: tuple[IgnoredTensor, ...] = ()
+    preset: QuantPreset | None = None
+    gptq: GptqConfig | None = None
 
     def account_for(self, unread: Iterable[str]) -> tuple[IgnoredTensor, ...]:
         """Say of each stored tensor that a build did not ask for why that is right, beside the duplicates.
@@ -39,8 +53,9 @@ class Checkpoint:
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
-    """Read config.json. Raises ConfigError, or UnsupportedError when it says that the weights are quantised."""
-    config = read_json(folder / "config.json")
+    """Read config.json. Raises ConfigError, or UnsupportedError when it says that the weights are quantised as nothing
+    here reads them."""
+    config = with_quantize_config(read_json(folder / "config.json"), folder)
     refuse_by_config(config, folder.name)
     return config
 
@@ -57,18 +72,61 @@ def open_checkpoint(folder: Path, config: Mapping[str, Any], spec: ModelSpec) ->
     """
     index = read_headers(folder)
     refuse_by_tensors(index)
-    layout = detect_layout(index, config, spec)
+    preset = read_packed_config(config)
+    layout = detect_layout(index, config, spec) if preset is None else PtLayout(has_two_banks=spec.vision is not None)
+    checkpoint = Checkpoint(
+        folder=folder, spec=spec, index=index, layout=layout, preset=preset, gptq=read_gptq_config(config)
+    )
     head, embedding = index.tensors.get(_HEAD), index.tensors.get(layout.locate(_EMBEDDING).key)
     if head is None or embedding is None or spec.tied is False or not hold_the_same(head, embedding):
-        return Checkpoint(folder=folder, spec=spec, index=index, layout=layout)
+        return checkpoint
     others = {key: info for key, info in index.tensors.items() if key != _HEAD}
-    return Checkpoint(
-        folder=folder,
-        spec=spec,
+    return replace(
+        checkpoint,
         index=replace(index, tensors=MappingProxyType(others)),
-        layout=layout,
         duplicates=(IgnoredTensor(name=_HEAD, reason=f"equal to {embedding.name}, which serves as the head"),),
     )
+
+
+def open_source(
+    checkpoint: Checkpoint, adapter: Adapter | None = None, *, advance: Advance | None = None
+) -> TensorSource:
+    """What a build reads a checkpoint's weights from, with `adapter` merged. `advance`, if given, is told the bytes
+    read.
+
+    Raises:
+        UnsupportedError: there is an adapter, and the weights are quantised.
+    """
+    return _source_over(
+        TensorReader(checkpoint.index, checkpoint.layout, advance=advance), checkpoint, adapter, advance
+    )
+
+
+def open_survey(checkpoint: Checkpoint, adapter: Adapter | None = None) -> tuple[TensorSource, HeaderSurvey]:
+    """What a build on the "meta" device asks in place of `open_source`, and the survey that keeps what it asked for.
+
+    Raises as `open_source` does.
+    """
+    survey = HeaderSurvey(checkpoint.index, checkpoint.layout)
+    return _source_over(survey, checkpoint, adapter, None), survey
+
+
+def _source_over(
+    tensors: TensorSource, checkpoint: Checkpoint, adapter: Adapter | None, advance: Advance | None
+) -> TensorSource:
+    source = tensors
+    if checkpoint.preset is not None:
+        source = PackedCheckpointSource(tensors, checkpoint.index, checkpoint.preset, advance=advance)
+    elif checkpoint.gptq is not None:
+        source = GptqSource(tensors, checkpoint.index, checkpoint.layout, checkpoint.gptq)
+    if adapter is None:
+        return source
+    if source is not tensors:
+        raise UnsupportedError(
+            f"the adapter in {adapter.folder} cannot be merged: the weights in {checkpoint.folder} are quantised",
+            hint="load the unquantised checkpoint with adapter= and quantization=, and save that if need be",
+        )
+    return AdaptedSource(source, adapter)
 
 
 def _ignored(key: str, layout: Layout) -> IgnoredTensor:

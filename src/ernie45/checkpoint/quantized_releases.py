@@ -1,4 +1,5 @@
-"""Checkpoints that Baidu or others quantised: refused before a weight is read, with the reason and what to use instead.
+"""Checkpoints that Baidu or others quantised: all but GPTQ's 4-bit ones are refused before a weight is read, with the
+reason and what to use instead.
 
 The formats of the five quantised ERNIE-4.5-300B-A47B-…-Paddle releases are documented only in part
 (docs/decisions/0009). A weight decoded by a wrong guess gives fluent nonsense, so there is no guessing.
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from ernie45.checkpoint.gptq_config import read_gptq_config
 from ernie45.checkpoint.headers import CheckpointIndex, TensorInfo
+from ernie45.checkpoint.packed_config import read_packed_config
 from ernie45.errors import UnsupportedError
 
 _UNQUANTISED_300B = (
@@ -53,7 +56,7 @@ _W4A8C8 = _Kind(
 _UNKNOWN = _Kind(
     what="quantised",
     reason="ernie45 does not read this format yet",
-    hint="load the unquantised release of the same model, such as 'baidu/ERNIE-4.5-21B-A3B-PT'",
+    hint="load the unquantised release of the same model, such as 'baidu/ERNIE-4.5-21B-A3B-PT', or a 4-bit GPTQ one",
 )
 
 _PUBLISHED = MappingProxyType(
@@ -100,10 +103,13 @@ def refuse_by_name(name: str) -> None:
 def refuse_by_config(config: Mapping[str, Any], name: str) -> None:
     """Refuse a config.json that says its weights are quantised; `name` is what the message calls the model.
 
-    The entries may stand at the top or in `quantization_config`; one that is null, false or empty says nothing.
+    GPTQ weights that can be read pass. The entries may stand at the top or in `quantization_config`; one that is null,
+    false or empty says nothing.
 
-    Raises UnsupportedError.
+    Raises UnsupportedError, or ConfigError for a GPTQ entry of the wrong type.
     """
+    if read_gptq_config(config) is not None or read_packed_config(config) is not None:
+        return
     quantization = config.get("quantization_config")
     nested = quantization if isinstance(quantization, Mapping) else {}
     said = {key: nested.get(key) or config.get(key) for key in _CONFIG_KEYS}

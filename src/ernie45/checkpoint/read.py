@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from types import MappingProxyType
-from typing import Protocol, final
+from typing import Protocol, final, runtime_checkable
 
 import torch
 
 from ernie45.checkpoint.headers import CheckpointIndex, TensorInfo
 from ernie45.checkpoint.layouts import Layout, Piece
 from ernie45.checkpoint.progress import Advance
+from ernie45.checkpoint.range_reads import RangeReader
 from ernie45.errors import CorruptFileError, TensorError
+from ernie45.quantization.packed import Packed
 
 BLOCK_BYTES = 16 << 20
 """Most bytes read at a time, and the size of the staging buffer: enough for full speed, and little memory."""
@@ -54,6 +56,31 @@ class TensorSource(Protocol):
 
         Raises TensorError for one that is missing or has another shape.
         """
+
+
+@runtime_checkable
+class PackedSource(TensorSource, Protocol):
+    """A source that has matrices quantised already."""
+
+    def read_packed(self, parts: Mapping[str, int], in_features: int, device: torch.device) -> Sequence[Packed] | None:
+        """The matrices of these -PT module names (without ".weight") and output widths, stacked where they can be, on
+        `device`; None where they are not stored quantised.
+
+        Raises TensorError where one is missing, or its shape or dtype does not fit.
+        """
+        ...
+
+
+@runtime_checkable
+class BlockSource(TensorSource, Protocol):
+    """A source that can hand out a matrix piece by piece, so that the whole of it is never in memory."""
+
+    def read_blocks(self, name: str, shape: tuple[int, int]) -> Iterator[torch.Tensor]:
+        """The rows of a matrix in order, some at a time, on the CPU and in the dtype they are stored in.
+
+        A block is overwritten by the next. Raises as `read_into` does.
+        """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,13 +158,13 @@ class TensorReader:
     """Reads tensors of a checkpoint into memory the caller has laid out, by their -PT names.
 
     Files are read, not mapped, so that their pages never count as this process's memory. Safe to use from
-    several threads. `advance`, if given, is told the bytes read, in steps of at most `BLOCK_BYTES`.
+    several threads. `advance`, if given, is told the bytes read, on several threads.
     """
 
     def __init__(self, index: CheckpointIndex, layout: Layout, *, advance: Advance | None = None) -> None:
         self._index = index
         self._layout = layout
-        self._advance = advance
+        self._ranges = RangeReader(advance)
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self._layout.locate(name).key in self._index.tensors
@@ -161,6 +188,26 @@ class TensorReader:
                     self._read_staged(read.info, target, stored)
             else:
                 self._read_columns(read, stored)
+
+    def read_blocks(self, name: str, shape: tuple[int, int]) -> Iterator[torch.Tensor]:
+        """The rows of a matrix in order, at most `BLOCK_BYTES` at a time, in a buffer that is used for all of them; of
+        a matrix that is stored the other way round, all rows at once. Raises as `read_into` does."""
+        num_rows, num_columns = shape
+        read = find_reads(self._index, self._layout, torch.empty(shape, device="meta"), {name: num_rows})[0]
+        stored = TORCH_DTYPES[read.info.dtype]
+        if read.transposed or read.targets[0][0] is not None:
+            whole = torch.empty(shape, dtype=stored)
+            self.read_into(whole, {name: num_rows})
+            yield whole
+            return
+        row_bytes = num_columns * stored.itemsize
+        step = max(1, BLOCK_BYTES // row_bytes)
+        staging = torch.empty((min(num_rows, step), num_columns), dtype=stored, device="cpu")
+        for first in range(0, num_rows, step):
+            block = staging[: min(step, num_rows - first)]
+            self._read_bytes(read.info, first * row_bytes, _bytes_of(block))
+            _check_finite(block, read.info, wanted=stored)
+            yield block
 
     def _read_in_place(self, info: TensorInfo, out: torch.Tensor) -> None:
         flat = out.view(-1)
@@ -200,20 +247,12 @@ class TensorReader:
                     target.copy_(values.reshape(target.shape))
 
     def _read_bytes(self, info: TensorInfo, offset: int, target: memoryview) -> None:
-        done = 0
-        with info.file.open("rb", buffering=0) as file:
-            file.seek(info.start + offset)
-            while done < len(target):
-                num_bytes = file.readinto(target[done : done + BLOCK_BYTES])
-                if not num_bytes:
-                    raise CorruptFileError(
-                        f"{info.file} is cut short inside tensor {info.name!r}: expected "
-                        f"{info.start + info.num_bytes} bytes or more, it has {info.file.stat().st_size}",
-                        hint="the file changed while it was being read: fetch it again",
-                    )
-                done += num_bytes
-                if self._advance is not None:
-                    self._advance(num_bytes)
+        if self._ranges.read(info.file, info.start + offset, target) < len(target):
+            raise CorruptFileError(
+                f"{info.file} is cut short inside tensor {info.name!r}: expected "
+                f"{info.start + info.num_bytes} bytes or more, it has {info.file.stat().st_size}",
+                hint="the file changed while it was being read: fetch it again",
+            )
 
 
 def hold_the_same(first: TensorInfo, second: TensorInfo) -> bool:

@@ -17,15 +17,14 @@ from ernie45.types.reports import ReadTensor
 class HeaderSurvey:
     """Answers like a TensorReader, from the headers alone: names and shapes are checked, nothing is read.
 
-    A backend built from it (on torch's "meta" device) shows whether the real build can succeed. `weight_bytes` is what
-    the tensors asked for take in memory, `read_bytes` what they take in the files.
+    A backend built from it (on torch's "meta" device) shows whether the real build can succeed. `read_bytes` is what
+    the tensors asked for take in the files.
     """
 
     def __init__(self, index: CheckpointIndex, layout: Layout) -> None:
         self._index = index
         self._layout = layout
         self._read: dict[str, ReadTensor] = {}
-        self.weight_bytes = 0
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self._layout.locate(name).key in self._index.tensors
@@ -40,7 +39,6 @@ class HeaderSurvey:
                 transposed=read.transposed,
                 fused=len(parts) > 1,
             )
-        self.weight_bytes += out.numel() * out.element_size()
 
     @property
     def read_bytes(self) -> int:

@@ -6,12 +6,15 @@ lays them out and splits them into files. Format: https://github.com/huggingface
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -21,13 +24,27 @@ import torch
 from ernie45.checkpoint.headers import DTYPE_BYTES, SINGLE_FILE, CheckpointIndex
 from ernie45.checkpoint.layouts import Layout, PtLayout
 from ernie45.checkpoint.progress import Advance
-from ernie45.checkpoint.read import TORCH_DTYPES, TensorReader
-from ernie45.errors import CorruptFileError
+from ernie45.checkpoint.read import TORCH_DTYPES, TensorReader, TensorSource
+from ernie45.errors import CheckpointError, CorruptFileError, InvalidRequestError
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 PARTIAL_SUFFIX = ".partial"
 _READ_BLOCK_BYTES = 16 << 20
-_HEADER_ALIGNMENT = 8
+_ALIGNMENT = 64  # a line of a CPU's cache, and what its widest loads like
+_COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "Roboto-Regular.ttf",
+    "LICENSE*",
+)
 _FUSED = (
     ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
     ("up_gate_proj", ("gate_proj", "up_proj")),
@@ -129,11 +146,16 @@ class UnitReader:
 
     def read(self, unit: Unit) -> memoryview:
         """The unit's bytes as they go into the file, until the next call. Raises as `TensorReader.read_into` does."""
-        raw = self._buffer[: unit.num_bytes]
-        values = raw.view(TORCH_DTYPES[unit.dtype])
-        out = values.view(unit.shape[::-1]).T if unit.transposed else values.view(unit.shape)
-        self._reader.read_into(out, unit.rows)
-        return raw.numpy().data
+        return read_unit(self._reader, unit, self._buffer)
+
+
+def read_unit(source: TensorSource, unit: Unit, buffer: torch.Tensor) -> memoryview:
+    """A unit's bytes as they go into the file, in the front of `buffer` uint8."""
+    raw = buffer[: unit.num_bytes]
+    values = raw.view(TORCH_DTYPES[unit.dtype])
+    out = values.view(unit.shape[::-1]).T if unit.transposed else values.view(unit.shape)
+    source.read_into(out, unit.rows)
+    return raw.numpy().data
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,6 +246,48 @@ def move_file(source: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
+def check_apart(source: Path, destination: Path) -> None:
+    """Raises InvalidRequestError where `destination` is no folder to write to, or lies in `source`."""
+    if destination.exists() and not destination.is_dir():
+        raise InvalidRequestError(f"{destination} is a file", hint="name a new folder to write to")
+    inner, outer = destination.resolve(), source.resolve()
+    if inner == outer or outer in inner.parents:
+        raise InvalidRequestError(
+            f"the destination {destination} lies in the source {source}", hint="name a folder outside of it"
+        )
+
+
+def check_room(folder: Path, needed_bytes: int) -> None:
+    """Raises CheckpointError where the disk of a folder that exists has less than this free."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise CheckpointError(
+            f"{folder} needs {needed_bytes:,} bytes, but its disk has {free_bytes:,} free",
+            hint=f"free {needed_bytes - free_bytes:,} bytes, or write to another disk",
+        )
+
+
+@contextmanager
+def disk_errors(folder: Path, *, again: str) -> Iterator[None]:
+    """Turn errors of the system while `folder` is written into CheckpointError; `again` ends the hint."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CheckpointError(
+                f"the disk is full: {folder} could not be finished ({error})", hint=f"free some space and {again}"
+            ) from error
+        raise CheckpointError(
+            f"{folder} could not be written: {error}", hint=f"check its rights, then {again}"
+        ) from error
+
+
+def copied_files(folder: Path) -> dict[str, bytes]:
+    """What a written folder takes over from its source as it is: tokenizer, template, processor and the like."""
+    found = (path for pattern in _COPIED for path in sorted(folder.glob(pattern)) if path.is_file())
+    return {path.name: path.read_bytes() for path in found}
+
+
 def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -262,8 +326,7 @@ def _place(name: str) -> tuple[str, int]:
 
 
 def _shard(file_name: str, units: Sequence[Unit]) -> Shard:
-    # Wider dtypes first, so that every tensor starts at a multiple of its item size.
-    ordered = sorted(units, key=lambda unit: -DTYPE_BYTES[unit.dtype])
+    ordered = sorted(units, key=_alignment_order)
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for unit in ordered:
@@ -274,5 +337,15 @@ def _shard(file_name: str, units: Sequence[Unit]) -> Shard:
             entries[name] = {"dtype": unit.dtype, "shape": shape, "data_offsets": [begin, end]}
             begin = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     return Shard(file_name=file_name, header=len(text).to_bytes(8, "little") + text, units=tuple(ordered))
+
+
+def _alignment_order(unit: Unit) -> int:
+    """Units of tensors of whole lines come first, as they are; the others by falling item size, so that every tensor
+    starts at a multiple of its own."""
+    item_bytes = DTYPE_BYTES[unit.dtype]
+    row_bytes = math.prod(unit.row_shape) * item_bytes
+    if all(num_rows * row_bytes % _ALIGNMENT == 0 for num_rows in unit.rows.values()):
+        return -_ALIGNMENT
+    return -item_bytes

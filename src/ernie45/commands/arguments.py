@@ -12,9 +12,14 @@ from ernie45.memory.budget import parse_bytes
 
 def add_convert(commands: Any) -> None:
     """Add `convert` to the subparsers of the `ernie45` command."""
-    parser = commands.add_parser("convert", help="write a checkpoint, Paddle's or -PT, as a clean -PT folder")
+    parser = commands.add_parser(
+        "convert", help="write a checkpoint, Paddle's or -PT, as a clean -PT folder, or packed"
+    )
     parser.add_argument("source", metavar="SRC", help="name, folder or Hub id")
     parser.add_argument("destination", metavar="DST", help="a new folder, or one that an earlier run left unfinished")
+    parser.add_argument(
+        "--quantization", default="none", metavar="PRESET", help="int8 or int4 writes the packed format (default: none)"
+    )
     parser.add_argument("--max-shard-size", metavar="SIZE", help="largest weight file, e.g. 2GB (default: 5GB)")
     parser.set_defaults(run=_convert)
 
@@ -35,7 +40,10 @@ def _convert(options: argparse.Namespace) -> int:
 
     size = options.max_shard_size
     shard_bytes = DEFAULT_SHARD_BYTES if size is None else parse_bytes(size)
-    print(convert(options.source, options.destination, max_shard_bytes=shard_bytes))
+    report = convert(
+        options.source, options.destination, quantization=options.quantization, max_shard_bytes=shard_bytes
+    )
+    print(report)
     return 0
 
 

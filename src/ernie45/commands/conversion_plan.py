@@ -11,33 +11,20 @@ from typing import Any
 
 import torch
 
+from ernie45.backends.base import BuildOptions
 from ernie45.backends.registry import find_architecture
 from ernie45.checkpoint.headers import INDEX_FILE, CheckpointIndex
 from ernie45.checkpoint.layouts import PtLayout
 from ernie45.checkpoint.open import Checkpoint, open_checkpoint, read_config
 from ernie45.checkpoint.survey import HeaderSurvey
-from ernie45.checkpoint.write import Shard, index_json, plan_shards, plan_units
+from ernie45.checkpoint.write import Shard, copied_files, index_json, plan_shards, plan_units
 from ernie45.commands.media_tokens import media_token_ids
 from ernie45.commands.transformers_config import check_transformers_holds, transformers_config
-from ernie45.errors import CorruptFileError
+from ernie45.errors import CorruptFileError, UnsupportedError
 from ernie45.spec import ModelSpec
 from ernie45.types.reports import IgnoredTensor
 
 CHECKSUM_FILE = "SHA256SUMS"
-_COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "Roboto-Regular.ttf",
-    "LICENSE*",
-)
 _SAMPLE_BYTES = 1024
 
 
@@ -83,14 +70,19 @@ def plan_conversion(folder: Path, *, max_shard_bytes: int) -> ConversionPlan:
 
     Raises:
         CheckpointError: or one of its kinds: what loading would refuse.
-        UnsupportedError: transformers could not hold it.
+        UnsupportedError: transformers could not hold it, or the weights are quantised.
     """
     config = read_config(folder)
     architecture = find_architecture(config)
     checkpoint = open_checkpoint(folder, config, architecture.parse_spec(config))
+    if checkpoint.preset is not None or checkpoint.gptq is not None:
+        raise UnsupportedError(
+            f"{folder} holds quantised weights, which a -PT folder has no place for",
+            hint="convert the unquantised checkpoint that it was made of",
+        )
     spec, index, layout = checkpoint.spec, checkpoint.index, checkpoint.layout
     survey = HeaderSurvey(index, layout)
-    architecture.build(spec, survey, dtype=torch.bfloat16, device=torch.device("meta"), context_tokens=1)
+    architecture.build(spec, survey, BuildOptions.unquantised(spec, dtype=torch.bfloat16, device="meta"))
     mtp = {key for key in survey.unread() if all(name.startswith("model.mtp_") for name in layout.names_in(key))}
     dropped = tuple(tensor for tensor in checkpoint.account_for(survey.unread()) if tensor.name not in mtp)
     left_out = {tensor.name for tensor in dropped}
@@ -138,9 +130,7 @@ def _small_files(
     weight_map = index_json(shards)
     if weight_map is not None:
         files[INDEX_FILE] = weight_map
-    for pattern in _COPIED:
-        files |= {path.name: path.read_bytes() for path in sorted(folder.glob(pattern)) if path.is_file()}
-    return files
+    return files | copied_files(folder)
 
 
 def _digest(index: CheckpointIndex, shards: tuple[Shard, ...], small_files: Mapping[str, bytes]) -> str:

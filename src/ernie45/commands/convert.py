@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ernie45.checkpoint.packing import PackPlan
 from ernie45.checkpoint.progress import Advance, byte_progress
 from ernie45.checkpoint.read import TensorReader
 from ernie45.checkpoint.resolve import resolve
@@ -22,13 +19,18 @@ from ernie45.checkpoint.write import (
     Shard,
     UnitReader,
     append_shard,
+    check_apart,
+    check_room,
+    disk_errors,
     move_file,
     sync_folder,
     write_file,
 )
 from ernie45.commands.conversion_plan import CHECKSUM_FILE, ConversionPlan, check_config, plan_conversion
 from ernie45.commands.journal import JOURNAL_FILE, Journal, open_journal
-from ernie45.errors import CheckpointError, CorruptFileError, InvalidRequestError
+from ernie45.errors import CorruptFileError, InvalidRequestError
+from ernie45.presets import PRESETS, QuantPreset, find_preset
+from ernie45.saving import save_checkpoint
 from ernie45.types.reports import IgnoredTensor
 
 SYNC_BYTES = 256 << 20
@@ -66,40 +68,54 @@ class ConvertReport:
             lines.append(f"went on after {self.resumed_bytes:,} bytes of an earlier run")
         lines += [f"left out {tensor.name}: {tensor.reason}" for tensor in self.dropped]
         lines += [f"warning: {warning}" for warning in self.warnings]
-        return "\n".join([*lines, f"checksums: {CHECKSUM_FILE} (check with: sha256sum -c {CHECKSUM_FILE})"])
+        if CHECKSUM_FILE in self.files:
+            lines.append(f"checksums: {CHECKSUM_FILE} (check with: sha256sum -c {CHECKSUM_FILE})")
+        return "\n".join(lines)
 
 
 def convert(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     *,
+    quantization: str | QuantPreset = "none",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: bool = True,
 ) -> ConvertReport:
-    """Write a checkpoint as a -PT folder, which transformers opens.
+    """Write a checkpoint as a -PT folder, which transformers opens, or with a preset in ernie45's packed format.
 
-    Cut off at any point and run again, it goes on, and the files are byte for byte those of an uninterrupted run. In
-    memory it holds the largest tensor and a block. On a finished destination it writes nothing.
+    In memory it holds the largest tensor and a block. Cut off at any point and run again, a -PT folder goes on, and the
+    files are byte for byte those of an uninterrupted run; on a finished destination nothing is written. A packed folder
+    that is cut off by an error or an interrupt leaves nothing.
 
     Args:
         source: a folder in any layout, or a name as `ErnieModel.from_pretrained` takes it.
         destination: a new or empty folder, or one that an earlier run left unfinished.
+        quantization: "none" for a -PT folder, or a preset that can be stored: "int8", "int4" or a QuantPreset of these.
         max_shard_bytes: the most bytes of tensors in one weight file; a larger tensor gets a file of its own.
         progress: show a bar, where there is a terminal or a notebook.
 
     Raises:
         InvalidRequestError: the destination is not empty, belongs to another conversion, or lies in the source.
-        UnsupportedError: transformers has no place for a tensor.
+        UnsupportedError: transformers has no place for a tensor, or the preset cannot be stored.
         CheckpointError: or one of its kinds: what loading would refuse, or a full disk.
     """
     started = time.perf_counter()
     if max_shard_bytes < 1:
         raise InvalidRequestError(f"max_shard_bytes is {max_shard_bytes}", hint="it must be a number of bytes above 0")
+    preset = find_preset(quantization)
+    if preset is None:
+        raise InvalidRequestError(
+            "a conversion needs to know the preset, and quantization='auto' depends on the machine",
+            hint="name one: 'none', 'int8' or 'int4'",
+        )
     source_folder = resolve(source, progress=progress, check=check_config)
     folder = Path(destination).expanduser()
-    _check_apart(source_folder, folder)
+    if preset != PRESETS["none"]:
+        packed = save_checkpoint(source_folder, folder, preset, max_shard_bytes=max_shard_bytes, progress=progress)
+        return _packed_report(packed, folder, time.perf_counter() - started)
+    check_apart(source_folder, folder)
     plan = plan_conversion(source_folder, max_shard_bytes=max_shard_bytes)
-    with _translated_errors(folder):
+    with disk_errors(folder, again="run the same command again: it goes on"):
         was_finished = _is_finished(folder, plan)
         resumed_bytes = 0
         if not was_finished:
@@ -122,14 +138,20 @@ def convert(
     )
 
 
-def _check_apart(source: Path, destination: Path) -> None:
-    if destination.exists() and not destination.is_dir():
-        raise InvalidRequestError(f"{destination} is a file", hint="name a new folder to write to")
-    inner, outer = destination.resolve(), source.resolve()
-    if inner == outer or outer in inner.parents:
-        raise InvalidRequestError(
-            f"the destination {destination} lies in the source {source}", hint="name a folder outside of it"
-        )
+def _packed_report(plan: PackPlan, folder: Path, seconds: float) -> ConvertReport:
+    return ConvertReport(
+        source=str(plan.checkpoint.folder),
+        destination=str(folder),
+        layout=plan.checkpoint.layout.name,
+        files=plan.file_names,
+        num_tensors=sum(len(unit.rows) for shard in plan.shards for unit in shard.units),
+        num_bytes=plan.num_bytes,
+        dropped=plan.dropped,
+        warnings=(),
+        resumed_bytes=0,
+        was_finished=False,
+        seconds=seconds,
+    )
 
 
 def _is_finished(folder: Path, plan: ConversionPlan) -> bool:
@@ -163,13 +185,7 @@ def _begin(folder: Path, plan: ConversionPlan) -> Journal:
         raise InvalidRequestError(
             f"{folder} holds files that are not of this conversion: {shown}", hint="name a new or empty folder"
         )
-    needed = plan.num_bytes - (journal.num_bytes if journal is not None else 0)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise CheckpointError(
-            f"{folder} needs {needed:,} bytes, but its disk has {free:,} free",
-            hint=f"free {needed - free:,} bytes, or write to another disk",
-        )
+    check_room(folder, plan.num_bytes - (journal.num_bytes if journal is not None else 0))
     if journal is None:
         journal = Journal(folder, plan.digest, {})
         journal.save()
@@ -223,18 +239,3 @@ def _check_size(path: Path, num_bytes: int) -> None:
 def _first_line(plan: ConversionPlan) -> str:
     # sha256sum passes over lines that begin with '#'.
     return f"# ernie45 convert {plan.digest}"
-
-
-@contextmanager
-def _translated_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CheckpointError(
-                f"the disk is full: {folder} could not be finished ({error})",
-                hint="free some space and run the same command again: it goes on",
-            ) from error
-        raise CheckpointError(
-            f"{folder} could not be written: {error}", hint="check its rights, then run the same command again"
-        ) from error

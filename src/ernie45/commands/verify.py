@@ -16,6 +16,7 @@ from typing import TypeVar, final
 import torch
 from torch import Tensor
 
+from ernie45.backends.base import BuildOptions
 from ernie45.backends.registry import find_architecture
 from ernie45.checkpoint.headers import CheckpointIndex, read_headers, read_json
 from ernie45.checkpoint.open import Checkpoint, open_checkpoint, read_config
@@ -153,9 +154,7 @@ def _account(checkpoint: Checkpoint, problems: list[str]) -> _Keys:
     architecture.build(
         checkpoint.spec,
         _LenientSurvey(survey, problems),
-        dtype=torch.float32,
-        device=torch.device("meta"),
-        context_tokens=1,
+        BuildOptions.unquantised(checkpoint.spec, dtype=torch.float32, device="meta"),
     )
     tensors = checkpoint.index.tensors
     fates = {read.key: _fate(read) for read in survey.read()}

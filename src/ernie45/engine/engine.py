@@ -15,17 +15,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ernie45.backends.base import Backend, Batch, KVCache, MediaBackend, Row, VisionTokens
+from ernie45.backends.base import Backend, Batch, MediaBackend, Row, VisionTokens
+from ernie45.backends.kv_cache import KVCache
 from ernie45.engine.media import MediaEncoder, SequenceMedia
 from ernie45.engine.sequence import Sequence
 from ernie45.engine.stream import TokenStream
 from ernie45.errors import ModelClosedError, UnsupportedError
+from ernie45.memory.budget import KVDtype
+from ernie45.memory.workspace import PREFILL_CHUNK_TOKENS
 from ernie45.sampling import Drawn, build_sampler, check_finite, greedy_tokens
+from ernie45.types.placement import Placement
 from ernie45.types.requests import TokenRequest
-
-# Prompts are run in chunks whose edges are multiples of this, whatever else is running, so that a prompt's numbers
-# depend on the prompt alone. It is also the most prompt tokens run between two decode steps.
-PREFILL_CHUNK_TOKENS = 512
 
 # A reply's queue holds all its tokens, so that a reader who is slow, or waits for another reply, never holds a slot.
 # Events of a scoring request hold a chunk's logits each, so there it is the row that waits for the reader.
@@ -35,14 +35,26 @@ _SCORING_CAPACITY = 2
 class Engine:
     """Runs token requests on `backend` with `num_slots` KV slots of `context_tokens` each.
 
-    `num_token_ids` is the tokenizer's size: ids from there on can never be drawn.
+    `num_token_ids` is the tokenizer's size: ids from there on can never be drawn. `placement` is the one the backend
+    was built with, None for all on its device: KV slots lie with the layers, and tokens are drawn where the head is.
     """
 
-    def __init__(self, backend: Backend, *, num_slots: int, context_tokens: int, num_token_ids: int) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        num_slots: int,
+        context_tokens: int,
+        num_token_ids: int,
+        kv_dtype: KVDtype = "auto",
+        placement: Placement | None = None,
+    ) -> None:
+        placement = placement or Placement.on(str(backend.device), backend.spec.num_layers)
         self._backend = backend
         self._num_token_ids = num_token_ids
         self._vocab_size = backend.spec.vocab_size
         self._device = backend.device
+        self._logits_device = torch.device(placement.head)
         self._encoder = MediaEncoder(backend) if isinstance(backend, MediaBackend) else None
         self._merge_size = backend.spec.vision.spatial_merge_size if self._encoder and backend.spec.vision else None
         self._cache = KVCache.allocate(
@@ -50,7 +62,8 @@ class Engine:
             num_slots=num_slots,
             context_tokens=context_tokens,
             dtype=backend.dtype,
-            device=backend.device,
+            kv_dtype=kv_dtype,
+            placement=placement,
         )
         self._free_slots = list(reversed(range(num_slots)))
         self._waiting: deque[Sequence] = deque()
@@ -79,7 +92,7 @@ class Engine:
             num_token_ids=self._num_token_ids,
             vocab_size=self._vocab_size,
             prompt_ids=request.token_ids,
-            device=self._device,
+            device=self._logits_device,
         )
         sequence = Sequence(request, stream, sampler, self._media_of(request))
         with self._changed:

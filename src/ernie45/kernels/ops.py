@@ -18,7 +18,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def swiglu(gate_up: Tensor) -> Tensor:
     """gate_up [N, 2·I], gate half first -> silu(gate) · up [N, I]"""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)
 
 
 _ROUTED_ROWS = 16
@@ -80,10 +80,12 @@ class RotaryTable:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate adjacent pairs (interleaved RoPE) of x [N, H, D] in float32; cos and sin [N, 1, D/2]."""
-    pairs = x.float().unflatten(-1, (-1, 2))
-    even, odd = pairs[..., 0], pairs[..., 1]
-    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
-    return rotated.flatten(-2).to(x.dtype)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = x.new_empty(x.shape)
+    pairs = rotated.unflatten(-1, (-1, 2))
+    pairs[..., 0] = (even * cos).sub_(odd * sin)
+    pairs[..., 1] = (odd * cos).add_(even * sin)
+    return rotated
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -97,15 +99,29 @@ def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         # The query heads of one kv head stand as its query tokens: every key is read once, not once per query head.
         grouped = query.view(1, num_kv_heads, num_heads // num_kv_heads, head_dim)
         return F.scaled_dot_product_attention(grouped, keys[None], values[None]).reshape(1, -1)
-    mask = None
     if num_keys > num_tokens:
-        mask = torch.ones(num_tokens, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_tokens)
+        return _attention_after_others(query, keys, values)
     out = F.scaled_dot_product_attention(
         query.transpose(0, 1)[None],
         keys[None],
         values[None],
-        attn_mask=mask,
-        is_causal=mask is None,
+        is_causal=True,
         enable_gqa=True,
     )
     return out[0].transpose(0, 1).reshape(num_tokens, -1)
+
+
+def _attention_after_others(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """`attention` of T tokens that see earlier ones as well, S > T."""
+    num_tokens, num_keys = query.shape[0], keys.shape[1]
+    # With the last token first, row t of the mask hides keys S - t and later: all rows are stretches of one line, S + T
+    # numbers in place of a matrix of T · S.
+    line = torch.zeros(num_keys + num_tokens - 1, dtype=query.dtype, device=query.device)
+    line[num_keys:] = -torch.inf
+    mask = line.as_strided((num_tokens, num_keys), (1, 1))
+    if query.device.type != "cpu":
+        mask = mask.contiguous()  # the kernels of GPUs want rows that begin at whole words
+    out = F.scaled_dot_product_attention(
+        query.flip(0).transpose(0, 1)[None], keys[None], values[None], attn_mask=mask, enable_gqa=True
+    )
+    return out[0].transpose(0, 1).flip(0).reshape(num_tokens, -1)

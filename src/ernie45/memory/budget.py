@@ -1,20 +1,36 @@
-"""How long a context, and how many at once, fit beside the weights."""
+"""What a caller allows: memory, context and batch; and what a KV cache of that takes."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from ernie45.errors import InvalidRequestError, OutOfMemoryError
+from ernie45.errors import InvalidRequestError
 from ernie45.spec import ModelSpec
 
 DEFAULT_CONTEXT_TOKENS = 8192
 DEFAULT_MAX_BATCH = 32
 # A context chosen for the caller is no shorter than this; nobody can work with less.
 MIN_CONTEXT_TOKENS = 256
+# A photo should take the 28B model under a minute on two cores: 12 trillion operations, where 0.26 trillion a second
+# were measured on its vision tower. At the published limit it is several minutes; a clip takes long all the same.
+CPU_MAX_PIXELS = 1024 * 28 * 28
+CPU_MAX_FRAME_PIXELS = 299 * 28 * 28
+
+MemoryLimit = str | Mapping[str, str]
+"""What may be used: "12GiB" of main memory, or sizes by device ("cpu", "cuda:0", …) and of "disk"."""
+
+DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+KVDtype = Literal["auto", "int8"]
+"""How keys and values are kept: in the dtype of the arithmetic, or rounded to int8 with a scale."""
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+_KV_SCALE_BYTES = 2
+_DEVICE_NAME = re.compile(r"(cpu|cuda)(:\d+)?|mps")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +39,14 @@ class Budget:
 
     context_tokens: int
     max_batch: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Bytes that may be used of `devices`, by name in the order given, and of the disk, None if it was not named."""
+
+    devices: Mapping[str, int]
+    disk_bytes: int | None = None
 
 
 def parse_bytes(text: str) -> int:
@@ -38,26 +62,33 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * unit)
 
 
-def kv_bytes(spec: ModelSpec, *, context_tokens: int, max_batch: int, bytes_per_value: int) -> int:
-    """Bytes of the KV cache: 2 · layers · kv heads · head_dim · tokens · rows · bytes per value."""
-    return spec.kv_values_per_token * context_tokens * max_batch * bytes_per_value
-
-
-def fit(
-    spec: ModelSpec,
-    *,
-    weight_bytes: int,
-    bytes_per_value: int,
-    memory_bytes: int,
-    context_tokens: int | None,
-    max_batch: int | None,
-) -> Budget:
-    """Choose what was left open so that weights and KV cache fit `memory_bytes`: first fewer rows, then fewer tokens.
+def parse_limits(memory: MemoryLimit | None) -> Limits:
+    """What `memory=` names; a text is the main memory. "cuda" is "cuda:0".
 
     Raises:
-        OutOfMemoryError: it does not fit, with both numbers.
-        InvalidRequestError: a context outside 1 … the model's maximum, or a batch below 1.
+        InvalidRequestError: not a size, not a device, or a device named twice.
     """
+    if memory is None:
+        return Limits(devices={})
+    if not isinstance(memory, Mapping):
+        return Limits(devices={"cpu": parse_bytes(memory)})
+    devices: dict[str, int] = {}
+    for name, size in memory.items():
+        if name == "disk":
+            continue
+        if not isinstance(name, str) or not _DEVICE_NAME.fullmatch(name):
+            raise InvalidRequestError(
+                f"memory= names {name!r}, which is no device", hint="use 'cpu', 'cuda', 'cuda:1', 'mps' or 'disk'"
+            )
+        name = "cuda:0" if name == "cuda" else name
+        if name in devices or (name.startswith("cpu:") and "cpu" in memory):
+            raise InvalidRequestError(f"memory= names {name!r} twice", hint="give one size to each device")
+        devices[name] = parse_bytes(size)
+    return Limits(devices=devices, disk_bytes=parse_bytes(memory["disk"]) if "disk" in memory else None)
+
+
+def check_budget(spec: ModelSpec, *, context_tokens: int | None, max_batch: int | None) -> None:
+    """Raises InvalidRequestError for a context outside 1 … the model's maximum, or a batch below 1."""
     if context_tokens is not None and not (_is_count(context_tokens) and context_tokens <= spec.max_context_tokens):
         raise InvalidRequestError(
             f"context_tokens must be from 1 to this model's maximum {spec.max_context_tokens}, not {context_tokens!r}",
@@ -67,25 +98,40 @@ def fit(
         raise InvalidRequestError(
             f"max_batch must be a whole number from 1, not {max_batch!r}", hint="leave it out for 32"
         )
-    tokens = context_tokens or min(DEFAULT_CONTEXT_TOKENS, spec.max_context_tokens)
-    bytes_per_token = kv_bytes(spec, context_tokens=1, max_batch=1, bytes_per_value=bytes_per_value)
-    room_tokens = (memory_bytes - weight_bytes) // bytes_per_token
-    rows = max_batch or max(1, min(DEFAULT_MAX_BATCH, room_tokens // tokens))
-    if context_tokens is None:
-        tokens = max(min(tokens, room_tokens // rows), min(tokens, MIN_CONTEXT_TOKENS))
-    if rows * tokens > room_tokens:
-        needed = weight_bytes + rows * tokens * bytes_per_token
-        raise OutOfMemoryError(
-            f"this needs {_size(needed)} (weights {_size(weight_bytes)}, KV cache for {rows} x {tokens} tokens "
-            f"{_size(needed - weight_bytes)}), and there are {_size(memory_bytes)}",
-            hint="give a smaller context_tokens= or max_batch=, more memory=, or choose a smaller model",
+
+
+def check_kv_dtype(kv_dtype: str) -> None:
+    """Raises InvalidRequestError for anything but the values of `KVDtype`."""
+    if kv_dtype not in get_args(KVDtype):
+        raise InvalidRequestError(
+            f"kv_dtype={kv_dtype!r} is none of {', '.join(map(repr, get_args(KVDtype)))}",
+            hint="'auto' keeps keys and values in the model's dtype; 'int8' takes about half of that",
         )
-    return Budget(context_tokens=tokens, max_batch=rows)
+
+
+def kv_bytes_per_token(spec: ModelSpec, *, bytes_per_value: int, kv_dtype: KVDtype) -> int:
+    """Bytes of one token in the KV cache, over all layers.
+
+    2 · layers · kv heads · head_dim · bytes per value; in int8 a byte per value, and a scale for each head's key and
+    each head's value.
+    """
+    if kv_dtype == "int8":
+        return spec.kv_values_per_token + spec.kv_values_per_token // spec.head_dim * _KV_SCALE_BYTES
+    return spec.kv_values_per_token * bytes_per_value
+
+
+def kv_bytes(
+    spec: ModelSpec, *, context_tokens: int, max_batch: int, bytes_per_value: int, kv_dtype: KVDtype = "auto"
+) -> int:
+    """Bytes of the KV cache: those of a token · tokens · rows."""
+    per_token = kv_bytes_per_token(spec, bytes_per_value=bytes_per_value, kv_dtype=kv_dtype)
+    return per_token * context_tokens * max_batch
+
+
+def in_words(num_bytes: int) -> str:
+    """ "5.25 GiB" or "12.3 MiB"."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

@@ -12,6 +12,7 @@ DTYPE_NAMES: tuple[DtypeName, ...] = ("float32", "bfloat16", "float16")
 
 # Far above any model; what asks for more is refused before something is built by it.
 _MAX_HEADS = 2**14
+_MAX_LAYERS = 2**14
 _MAX_MATRIX_VALUES = 2**40
 
 
@@ -138,6 +139,11 @@ class ModelSpec:
             )
         if self.head_dim % 2:
             raise ConfigError(f"config.json: head_dim {self.head_dim} is odd", hint="rotary embeddings need pairs")
+        if self.num_layers > _MAX_LAYERS:
+            raise ConfigError(
+                f"config.json: num_hidden_layers {self.num_layers} is more than {_MAX_LAYERS}",
+                hint="the file is damaged or not an ERNIE 4.5 config",
+            )
         if self.num_heads > _MAX_HEADS:
             raise ConfigError(
                 f"config.json: num_attention_heads {self.num_heads} is more than {_MAX_HEADS}",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +34,9 @@ class LoadReport:
 
     `layout` is "pt", "paddle" or "paddleformers". `unknown_config_keys` are keys of config.json that ernie45 does not
     know; they may or may not matter. `adapter` is the folder of the adapter that was merged. `max_pixels` is what
-    pictures are resized to at most, None for a model that reads text only.
+    pictures are resized to at most, None for a model that reads text only. `preset` is the quantisation;
+    `weight_parts` are the bytes of the weights by part, `planned_peak_bytes` the most memory that loading and running
+    were planned to take.
     """
 
     folder: str
@@ -47,6 +50,9 @@ class LoadReport:
     unknown_config_keys: tuple[str, ...] = ()
     adapter: str | None = None
     max_pixels: int | None = None
+    preset: str = "none"
+    weight_parts: Mapping[str, int] = field(default_factory=dict)
+    planned_peak_bytes: int = 0
 
     @property
     def num_tensors(self) -> int:
@@ -60,6 +66,8 @@ class LoadReport:
         lines = [
             f"{self.folder}: layout {self.layout!r}, {self.weight_bytes:,} bytes of weights as {self.dtype} on "
             f"{self.device} in {self.load_seconds:.1f} s",
+            f"preset {self.preset!r}, planned to take at most {self.planned_peak_bytes:,} bytes with context and batch "
+            "used up",
             f"{self.num_tensors} tensors read ({transposed} transposed, {split} split, {fused} fused), "
             f"{len(self.ignored)} ignored",
         ]

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ernie45.backends import Batch, Step, TensorSource, register
+from ernie45.backends import Batch, BuildOptions, Step, TensorSource, register
+from ernie45.presets import WeightPart
 from ernie45.spec import ModelSpec
 
 
@@ -20,6 +21,7 @@ class CountingBackend:
         self.spec = spec
         self.dtype = step.dtype
         self.device = step.device
+        self.weight_bytes: Mapping[WeightPart, int] = {"embedding": step.element_size()}
         self._step = step
 
     def forward(self, batch: Batch) -> Step:
@@ -48,10 +50,8 @@ def parse_spec(config: Mapping[str, Any]) -> ModelSpec:
     )
 
 
-def build(
-    spec: ModelSpec, source: TensorSource, *, dtype: torch.dtype, device: torch.device, context_tokens: int
-) -> CountingBackend:
-    step = torch.empty(1, dtype=dtype, device=device)
+def build(spec: ModelSpec, source: TensorSource, options: BuildOptions) -> CountingBackend:
+    step = torch.empty(1, dtype=options.dtype, device=options.placement.embedding)
     source.read_into(step, {"step": 1})
     return CountingBackend(spec, step)
 

@@ -1,0 +1,189 @@
+"""Reading our own packed format: the matrices are mapped from the files, not copied.
+
+The format: docs/packed-format.md.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ernie45.checkpoint.headers import CheckpointIndex
+from ernie45.checkpoint.packed_config import matrix_scheme
+from ernie45.checkpoint.progress import Advance
+from ernie45.checkpoint.read import TORCH_DTYPES, TensorSource
+from ernie45.errors import CorruptFileError, TensorError
+from ernie45.presets import QuantPreset
+from ernie45.quantization.packed import Packed, PackedInt4, PackedInt8
+
+_FUSED: Mapping[tuple[str, ...], str] = {
+    ("q_proj", "k_proj", "v_proj"): "qkv_proj",
+    ("gate_proj", "up_proj"): "gate_up_proj",
+}
+_LOOKED_UP = ("model.embed_tokens", "lm_head")  # 8 bits only
+_SAVE_AGAIN = "the files are damaged, or do not belong to config.json: save or fetch the folder again"
+
+
+def packed_name(modules: Iterable[str]) -> str:
+    """What one packed matrix of these -PT modules is called in files."""
+    parents, _, leaves = zip(*(module.rpartition(".") for module in modules), strict=True)
+    if len(leaves) == 1:
+        return f"{parents[0]}.{leaves[0]}" if parents[0] else leaves[0]
+    return f"{parents[0]}.{_FUSED.get(leaves, '_'.join(leaves))}"
+
+
+@final
+class PackedCheckpointSource:
+    """The tensors of a packed checkpoint. `source` reads those that are stored plainly, or only surveys all of them.
+
+    On a CPU the packed matrices are the files' own pages, which the system reads when they are first used, and may drop
+    and read again: the files must not be written to while the model is in use. `advance`, if given, is told the bytes
+    of each matrix when it is read.
+    """
+
+    def __init__(
+        self, source: TensorSource, index: CheckpointIndex, preset: QuantPreset, *, advance: Advance | None = None
+    ) -> None:
+        self._source = source
+        self._index = index
+        self._preset = preset
+        self._advance = advance
+        self._files: dict[Path, mmap.mmap] = {}
+        self._copied: list[tuple[mmap.mmap, int, int]] = []
+
+    def __contains__(self, name: object) -> bool:
+        if not isinstance(name, str):
+            return False
+        return name in self._source or f"{name.removesuffix('.weight')}.codes" in self._index.tensors
+
+    def read_into(self, out: Tensor, parts: Mapping[str, int]) -> None:
+        """As `source` reads it."""
+        self._source.read_into(out, parts)
+
+    def read_packed(self, parts: Mapping[str, int], in_features: int, device: torch.device) -> Sequence[Packed] | None:
+        """The packed matrix, as one or, where the parts are stored apart, as one each; on "meta" its shapes only. None
+        where it is stored plainly, and the preset says so.
+
+        Raises TensorError where a tensor is missing, has another shape or dtype, or values that the format has not.
+        """
+        self._drop_copied_pages()
+        stored = {packed_name(parts): sum(parts.values())}
+        if all(f"{name}.codes" in self._index.tensors for name in parts):
+            stored = dict(parts)
+        elif f"{packed_name(parts)}.codes" not in self._index.tensors:
+            if matrix_scheme(self._preset, parts, in_features) is None:
+                return None
+            raise TensorError(
+                f"{self._index.folder} has no tensor '{packed_name(parts)}.codes', but by config.json it is packed as "
+                f"{self._preset.name!r}",
+                hint=_SAVE_AGAIN,
+            )
+        return [self._matrix(name, num_rows, in_features, device) for name, num_rows in stored.items()]
+
+    def _matrix(self, name: str, num_rows: int, in_features: int, device: torch.device) -> Packed:
+        is_int8 = self._index.tensors[f"{name}.codes"].dtype == "I8" or name in _LOOKED_UP
+        kind = PackedInt8 if is_int8 else PackedInt4
+        wanted = _int8_tensors(num_rows, in_features) if is_int8 else self._int4_tensors(name, num_rows, in_features)
+        for leaf, (dtype, shape) in wanted.items():
+            self._check_fit(f"{name}.{leaf}", dtype, shape)
+        if device.type == "meta":
+            return kind(**{leaf: self._surveyed(f"{name}.{leaf}", shape) for leaf, (_, shape) in wanted.items()})
+        tensors = {leaf: self._mapped(f"{name}.{leaf}") for leaf in wanted}
+        for leaf, tensor in tensors.items():
+            _check_values(f"{name}.{leaf}", tensor)
+        if self._advance is not None:
+            self._advance(sum(tensor.nbytes for tensor in tensors.values()))
+        if device.type != "cpu" or not is_int8:
+            # Other devices have memory of their own, and 4-bit codes are put into the order of the product's kernel.
+            self._copied += [self._place(f"{name}.{leaf}") for leaf in tensors]
+        return kind(**{leaf: tensor.to(device) for leaf, tensor in tensors.items()})
+
+    def _int4_tensors(self, name: str, num_rows: int, in_features: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """dtype and shape of the tensors of a 4-bit matrix, by the end of their names; the scales decide."""
+        scales = self._index.tensors.get(f"{name}.scales")
+        dtype, num_groups = "I8", 1
+        if scales is not None and len(scales.shape) == 2:
+            dtype, num_groups = scales.dtype, scales.shape[1]
+        if dtype not in ("I8", "F16", "BF16", "F32") or not num_groups or in_features % (2 * num_groups):
+            raise TensorError(
+                f"tensor '{name}.scales' is {dtype} with {num_groups} groups in a row, which {in_features} inputs do "
+                "not divide into",
+                hint=_SAVE_AGAIN,
+            )
+        wanted: dict[str, tuple[str, tuple[int, ...]]] = {
+            "codes": ("U8", (num_rows, in_features // 2)),
+            "scales": (dtype, (num_rows, num_groups)),
+        }
+        if dtype == "I8":
+            wanted["row_scales"] = ("F32", (num_rows,))
+        if f"{name}.zeros" in self._index.tensors:
+            wanted["zeros"] = ("U8", (num_rows, num_groups))
+        if f"{name}.input_order" in self._index.tensors:
+            wanted["input_order"] = ("I32", (in_features,))
+        return wanted
+
+    def _check_fit(self, key: str, dtype: str, shape: tuple[int, ...]) -> None:
+        info = self._index.tensors.get(key)
+        if info is None:
+            raise TensorError(f"{self._index.folder} has no tensor {key!r}", hint=_SAVE_AGAIN)
+        if (info.dtype, info.shape) != (dtype, shape):
+            raise TensorError(
+                f"tensor {key!r} is stored as {info.dtype} {list(info.shape)}, but the model needs {dtype} "
+                f"{list(shape)}",
+                hint=_SAVE_AGAIN,
+            )
+
+    def _surveyed(self, key: str, shape: tuple[int, ...]) -> Tensor:
+        out = torch.empty(shape, dtype=TORCH_DTYPES[self._index.tensors[key].dtype], device="meta")
+        self._source.read_into(out, {key: shape[0]})
+        return out
+
+    def _mapped(self, key: str) -> Tensor:
+        info = self._index.tensors[key]
+        file, start, stop = self._place(key)
+        if len(file) < stop:
+            raise CorruptFileError(
+                f"{info.file} is cut short inside tensor {key!r}: expected {stop} bytes or more, it has {len(file)}",
+                hint="the file changed while it was being read: save or fetch it again",
+            )
+        dtype = TORCH_DTYPES[info.dtype]
+        flat = torch.frombuffer(file, dtype=dtype, count=info.num_bytes // dtype.itemsize, offset=start)
+        return flat.view(info.shape)
+
+    def _place(self, key: str) -> tuple[mmap.mmap, int, int]:
+        info = self._index.tensors[key]
+        if info.file not in self._files:
+            with info.file.open("rb") as file:
+                # A private mapping: torch wants memory that could be written to, and nothing is.
+                self._files[info.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._files[info.file], info.start, info.start + info.num_bytes
+
+    def _drop_copied_pages(self) -> None:
+        """Give back the pages of earlier matrices that were copied. Should one still be in use, it is read again."""
+        for file, start, stop in self._copied:
+            first = start // mmap.PAGESIZE * mmap.PAGESIZE
+            file.madvise(mmap.MADV_DONTNEED, first, stop - first)
+        self._copied.clear()
+
+
+def _int8_tensors(num_rows: int, in_features: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """dtype and shape of the tensors of an 8-bit matrix, by the end of their names."""
+    return {"codes": ("I8", (num_rows, in_features)), "scales": ("F32", (num_rows,))}
+
+
+def _check_values(key: str, tensor: Tensor) -> None:
+    """Raises TensorError for values that would break a product, or every answer."""
+    problem = None
+    if tensor.dtype == torch.int8 and int(tensor.amin()) < -127:
+        problem = "-128, below the least code"
+    elif tensor.is_floating_point() and not tensor.isfinite().all():
+        problem = f"{int((~tensor.isfinite()).sum())} values that are not finite (NaN or infinity)"
+    elif tensor.dtype == torch.int32 and not torch.equal(tensor.sort().values, torch.arange(len(tensor)).int()):
+        problem = f"something else than each number below {len(tensor)} once"
+    if problem is not None:
+        raise TensorError(f"tensor {key!r} holds {problem}", hint=_SAVE_AGAIN)

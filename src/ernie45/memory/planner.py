@@ -1,0 +1,130 @@
+"""Making a MemoryPlan: the preset, what was left open, where the parts lie, and the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from ernie45.memory.budget import (
+    DEFAULT_CONTEXT_TOKENS,
+    MIN_CONTEXT_TOKENS,
+    Budget,
+    in_words,
+)
+from ernie45.memory.estimate import WeightSites, add_parts
+from ernie45.memory.placement import NOMINAL_RATES, DeviceMemory, Running, place, read_bytes
+from ernie45.memory.plan import PART_NAMES, DevicePlan, MemoryPlan, Verdict
+from ernie45.memory.remedies import find_remedies
+from ernie45.memory.sizing import PlanRequest, Sizing, presets_by_quality
+from ernie45.presets import QuantPreset
+from ernie45.types.placement import Placement
+
+
+def make_plan(request: PlanRequest) -> MemoryPlan:
+    """Plan from arithmetic alone; `with_speed` adds `tokens_per_second`.
+
+    An open preset becomes the best in quality that fits with 8,192 tokens, or the model's maximum; the smallest where
+    none does. An open batch becomes as many rows of the context as fit, up to 32; an open context 8,192 tokens, the
+    model's maximum or what fits, but at least 256.
+
+    Raises:
+        InvalidRequestError: a context outside 1 … the model's maximum, or a batch below 1.
+    """
+    return _plan(Sizing(request, request.preset or choose_preset(request)))
+
+
+def with_speed(plan: MemoryPlan, measure_rate: Callable[[], float]) -> MemoryPlan:
+    """The plan with the speed that a CPU's memory allows, in bytes a second; as it was where it does not fit or another
+    device works."""
+    if plan.verdict != "fits" or any(not device.device.startswith("cpu") for device in plan.devices):
+        return plan
+    return replace(plan, tokens_per_second=measure_rate() / sum(device.token_bytes for device in plan.devices))
+
+
+def choose_preset(request: PlanRequest) -> QuantPreset:
+    """What "auto" means for this request, see `make_plan`."""
+    tokens = request.context_tokens or min(DEFAULT_CONTEXT_TOKENS, request.spec.max_context_tokens)
+    usual = replace(request, context_tokens=tokens)
+    presets = presets_by_quality(request)
+    return next((preset for preset in presets if Sizing(usual, preset).choose("fits")), presets[-1])
+
+
+def _plan(sizing: Sizing) -> MemoryPlan:
+    request, spec = sizing.request, sizing.spec
+    verdict: Verdict = "fits"
+    budget = sizing.choose("fits")
+    if budget is None:
+        verdict = "streams"
+        budget = sizing.choose("streams")
+    if budget is None:
+        verdict = "does not fit"
+        least = min(MIN_CONTEXT_TOKENS, spec.max_context_tokens)
+        budget = Budget(context_tokens=request.context_tokens or least, max_batch=request.max_batch or 1)
+    running = sizing.running(budget)
+    usable = sizing.cpus if verdict == "streams" else request.devices
+    placement = place(sizing.sites, usable, running)
+    devices = _device_plans(placement, sizing.sites, usable, running)
+    plan = MemoryPlan(
+        model=request.model,
+        preset=sizing.preset.name,
+        dtype=request.dtype,
+        kv_dtype=request.dtype if request.kv_dtype == "auto" else request.kv_dtype,
+        context_tokens=budget.context_tokens,
+        max_batch=budget.max_batch,
+        devices=devices,
+        placement=placement,
+        disk_bytes=sizing.weight_bytes,
+        free_disk_bytes=request.free_disk_bytes,
+        verdict=verdict,
+        bottleneck=_bottleneck(verdict, devices),
+        remedies=(),
+        longest_context_tokens=sizing.most_tokens("fits", budget.max_batch, spec.max_context_tokens),
+        largest_batch=sizing.most_rows("fits", budget.context_tokens),
+        tokens_per_second=None,
+        notes=request.notes,
+    )
+    return replace(plan, remedies=find_remedies(sizing, plan))
+
+
+def _device_plans(
+    placement: Placement, sites: WeightSites, devices: tuple[DeviceMemory, ...], running: Running
+) -> tuple[DevicePlan, ...]:
+    capacities = {device.name: device.capacity_bytes for device in devices}
+    read = read_bytes(placement, sites, running)
+    plans = []
+    for name in placement.devices:
+        layers = tuple(index for index, device in enumerate(placement.layers) if device == name)
+        experts = tuple(
+            index for index, device in enumerate(placement.experts) if device == name and sites.experts[index]
+        )
+        held = [sites.layers[index] for index in layers] + [sites.experts[index] for index in experts]
+        ends = ((placement.embedding, sites.embedding), (placement.vision, sites.vision), (placement.head, sites.head))
+        parts = dict.fromkeys(PART_NAMES, 0)
+        for part, num_bytes in add_parts([*held, *(site for device, site in ends if device == name)]).items():
+            parts[part] = num_bytes
+        parts["kv_cache"] = running.kv_layer_bytes * len(layers)
+        parts["workspace"], parts["runtime"] = running.workspace_bytes, running.runtime_bytes
+        plans.append(
+            DevicePlan(
+                device=name,
+                capacity_bytes=capacities[name],
+                parts=parts,
+                loading_bytes=running.loading_bytes,
+                layers=layers,
+                expert_layers=experts,
+                token_bytes=read[name],
+            )
+        )
+    return tuple(plans)
+
+
+def _bottleneck(verdict: Verdict, devices: tuple[DevicePlan, ...]) -> str:
+    if verdict == "fits":
+        slowest = max(devices, key=lambda device: device.token_bytes / NOMINAL_RATES[device.device.partition(":")[0]])
+        return f"speed: {slowest.device} reads {in_words(slowest.token_bytes)} for each token"
+    fullest = max(devices, key=lambda device: device.peak_bytes - device.capacity_bytes)
+    largest = max(fullest.parts, key=lambda part: fullest.parts[part])
+    return (
+        f"memory: {fullest.device} may use {in_words(fullest.capacity_bytes)}, and {in_words(fullest.peak_bytes)} are "
+        f"needed, of which {largest.replace('_', ' ')} are {in_words(fullest.parts[largest])}"
+    )

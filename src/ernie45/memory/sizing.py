@@ -1,0 +1,172 @@
+"""How a model with a preset would lie on some devices, and with which context and batch it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from ernie45.memory.budget import (
+    DEFAULT_CONTEXT_TOKENS,
+    DEFAULT_MAX_BATCH,
+    DTYPE_BYTES,
+    MIN_CONTEXT_TOKENS,
+    Budget,
+    KVDtype,
+    check_budget,
+    kv_bytes_per_token,
+)
+from ernie45.memory.estimate import PartBytes, WeightSites, estimate_sites
+from ernie45.memory.placement import DeviceMemory, Running, excess_bytes, place, token_seconds
+from ernie45.memory.plan import Verdict
+from ernie45.memory.workspace import RUNTIME_BYTES, loading_bytes, workspace_bytes
+from ernie45.presets import PRESETS, QuantPreset
+from ernie45.spec import DtypeName, ModelSpec
+
+# "auto" takes the first that fits.
+_BY_QUALITY = {"cpu": ("none", "int8", "int4"), "cuda": ("none", "bnb-int8", "nf4"), "mps": ("none", "int8", "int4")}
+_SLOWED_BY_BATCH = 1.1  # at most, one request beside no others
+_STREAMED_LAYERS = 2  # whose experts are held at once: of one layer while those of the next are read
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanRequest:
+    """What a plan is wanted for; None leaves a thing open.
+
+    Attributes:
+        model: the name or folder.
+        dtype: of the arithmetic, and of what the preset does not cover.
+        kv_dtype: "auto" is `dtype`.
+        devices: what may be used, accelerators first.
+        has_own_head: whether the output head is a matrix of its own.
+        free_disk_bytes: what the disk may take, None where it was not named.
+        weights: bytes by part that a build with `preset` has found, which then count and not the estimate.
+        max_pixels: of a picture; None is the checkpoint's own limit.
+        is_stored_quantised: whether `preset` is how the files are stored, so that no other can be had of them.
+        notes: for the plan.
+    """
+
+    model: str
+    spec: ModelSpec
+    preset: QuantPreset | None
+    dtype: DtypeName
+    kv_dtype: KVDtype
+    context_tokens: int | None
+    max_batch: int | None
+    devices: tuple[DeviceMemory, ...]
+    has_own_head: bool
+    free_disk_bytes: int | None = None
+    weights: PartBytes | None = None
+    max_pixels: int | None = None
+    is_stored_quantised: bool = False
+    notes: tuple[str, ...] = ()
+
+
+class Sizing:
+    """A request with its preset: how a context and a batch would lie on the devices.
+
+    Raises InvalidRequestError for a context outside 1 … the model's maximum, or a batch below 1.
+    """
+
+    def __init__(self, request: PlanRequest, preset: QuantPreset) -> None:
+        check_budget(request.spec, context_tokens=request.context_tokens, max_batch=request.max_batch)
+        self.request, self.preset, self.spec = request, preset, request.spec
+        self.bytes_per_value = DTYPE_BYTES[request.dtype]
+        self.kv_token_bytes = kv_bytes_per_token(
+            self.spec, bytes_per_value=self.bytes_per_value, kv_dtype=request.kv_dtype
+        )
+        sites = estimate_sites(
+            self.spec, preset, bytes_per_value=self.bytes_per_value, has_own_head=request.has_own_head
+        )
+        self.sites = sites if request.weights is None else sites.scaled_to(request.weights)
+        self.weight_bytes = self.sites.total().total()
+        self.cpus = tuple(device for device in request.devices if device.kind == "cpu")
+
+    def running(self, budget: Budget) -> Running:
+        return Running(
+            kv_layer_bytes=self.kv_token_bytes * budget.context_tokens * budget.max_batch // self.spec.num_layers,
+            kv_read_bytes=self.kv_token_bytes * budget.context_tokens // 2 // self.spec.num_layers,
+            workspace_bytes=workspace_bytes(
+                self.spec,
+                self.preset,
+                bytes_per_value=self.bytes_per_value,
+                context_tokens=budget.context_tokens,
+                max_batch=budget.max_batch,
+                kv_dtype=self.request.kv_dtype,
+                max_pixels=self.request.max_pixels,
+            ),
+            loading_bytes=loading_bytes(self.spec, self.preset, bytes_per_value=self.bytes_per_value),
+            runtime_bytes=RUNTIME_BYTES,
+        )
+
+    def holds(self, verdict: Verdict, budget: Budget) -> bool:
+        """Whether it "fits", or "streams"."""
+        running = self.running(budget)
+        devices, sites = self.request.devices, self.sites
+        if verdict == "streams":
+            free = self.request.free_disk_bytes
+            if not self.cpus or not any(sites.active_experts) or (free is not None and free < self.weight_bytes):
+                return False
+            devices, sites = self.cpus, _without_most_experts(sites)
+        return excess_bytes(place(sites, devices, running), sites, devices, running) == 0
+
+    def choose(self, verdict: Verdict) -> Budget | None:
+        """What was left open, so that this verdict holds; None if nothing makes it hold."""
+        asked = self.request
+        tokens = asked.context_tokens or min(DEFAULT_CONTEXT_TOKENS, self.spec.max_context_tokens)
+        least = tokens if asked.context_tokens else min(tokens, MIN_CONTEXT_TOKENS)
+        rows = asked.max_batch or self._open_rows(verdict, tokens)
+        tokens = self.most_tokens(verdict, rows, tokens, least)
+        return Budget(context_tokens=tokens, max_batch=rows) if tokens else None
+
+    def most_tokens(self, verdict: Verdict, rows: int, most: int, least: int = 1) -> int:
+        """The longest context from `least` to `most` that holds with so many rows; 0 if none does."""
+        return _largest(lambda tokens: self.holds(verdict, Budget(context_tokens=tokens, max_batch=rows)), least, most)
+
+    def most_rows(self, verdict: Verdict, tokens: int) -> int:
+        """The largest batch that holds with so many tokens; 0 if none does."""
+        capacity_bytes = sum(device.capacity_bytes for device in self.request.devices)
+        most = max(1, capacity_bytes // (self.kv_token_bytes * tokens))
+        return _largest(lambda rows: self.holds(verdict, Budget(context_tokens=tokens, max_batch=rows)), 1, most)
+
+    def _open_rows(self, verdict: Verdict, tokens: int) -> int:
+        """As many rows as fit, but no more than leave one request its speed: a KV cache drives weights off the faster
+        device. One where experts stream, which want the memory for themselves."""
+        if verdict == "streams":
+            return 1
+        slowest = _SLOWED_BY_BATCH * self._seconds(Budget(context_tokens=tokens, max_batch=1))
+
+        def holds(rows: int) -> bool:
+            budget = Budget(context_tokens=tokens, max_batch=rows)
+            return self.holds(verdict, budget) and self._seconds(budget) <= slowest
+
+        return _largest(holds, 1, DEFAULT_MAX_BATCH) or 1
+
+    def _seconds(self, budget: Budget) -> float:
+        running = self.running(budget)
+        return token_seconds(place(self.sites, self.request.devices, running), self.sites, running)
+
+
+def presets_by_quality(request: PlanRequest) -> list[QuantPreset]:
+    """The presets that "auto" chooses from on the first device, the best first."""
+    return [PRESETS[name] for name in _BY_QUALITY[request.devices[0].kind]]
+
+
+def _without_most_experts(sites: WeightSites) -> WeightSites:
+    """With as many experts as one token needs in two layers."""
+    cache: PartBytes = {"routed_experts": _STREAMED_LAYERS * max(sites.active_experts)}
+    nothing: PartBytes = {}
+    num_layers = len(sites.layers)
+    return replace(sites, experts=(cache, *(nothing,) * (num_layers - 1)), active_experts=(0,) * num_layers)
+
+
+def _largest(holds: Callable[[int], bool], least: int, most: int) -> int:
+    """The largest number from `least` to `most` for which it holds, 0 if for none."""
+    if holds(most):
+        return most
+    if most <= least or not holds(least):
+        return 0
+    low, high = least, most  # holds for low, not for high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

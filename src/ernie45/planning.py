@@ -1,0 +1,272 @@
+"""`plan_memory`: from a name, a config or a folder to a MemoryPlan, without torch where no GPU is asked about."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ernie45 import catalogue
+from ernie45.checkpoint.gptq_config import read_gptq_config, with_quantize_config
+from ernie45.checkpoint.headers import CheckpointIndex, read_headers, read_json
+from ernie45.checkpoint.packed_config import read_packed_config
+from ernie45.checkpoint.quantized_releases import refuse_by_config, refuse_by_name, refuse_by_tensors
+from ernie45.errors import InvalidRequestError, ModelNotFoundError, UnsupportedError
+from ernie45.memory.budget import CPU_MAX_PIXELS, KVDtype, Limits, MemoryLimit, check_kv_dtype, parse_limits
+from ernie45.memory.machine import has_cuda_driver, host_bytes
+from ernie45.memory.placement import DeviceMemory
+from ernie45.memory.plan import MemoryPlan
+from ernie45.memory.planner import make_plan, with_speed
+from ernie45.memory.sizing import PlanRequest
+from ernie45.presets import QuantPreset, find_preset
+from ernie45.spec import DTYPE_NAMES, DtypeName, ModelSpec, parse_spec
+
+_DEVICE_NAME = re.compile(r"auto|mps|(cpu|cuda)(:\d+)?")
+# oneDNN computes in bfloat16 where the processor has these instructions, or Arm's "bf16".
+_BFLOAT16_FLAGS = {"avx512bw", "avx512vl", "avx512dq"}
+_GPTQ = QuantPreset(name="gptq", experts="int4", linear="int4")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Model:
+    """What planning wants to know; `stored` is how the files are quantised already."""
+
+    name: str
+    spec: ModelSpec
+    dtype: DtypeName
+    has_own_head: bool
+    stored: QuantPreset | None = None
+    notes: tuple[str, ...] = ()
+
+
+def plan_memory(
+    name_or_path: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    quantization: str | QuantPreset = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    memory: MemoryLimit | None = None,
+    context_tokens: int | None = None,
+    max_batch: int | None = None,
+    kv_dtype: KVDtype = "auto",
+) -> MemoryPlan:
+    """What a model would take in memory, and whether it fits, before anything is fetched or read.
+
+    `name_or_path` is a catalogue name (no network is used), the content of a config.json, or a checkpoint's folder. The
+    other arguments are those of `ErnieModel.from_pretrained`; devices named in `memory` need not be there.
+
+    Raises:
+        ModelNotFoundError: no such name or folder.
+        CheckpointError: a config or folder that cannot be read.
+        UnsupportedError: a device or dtype that is unknown, or weights whose quantisation is not read.
+        InvalidRequestError: an argument of the wrong kind or range.
+    """
+    preset = find_preset(quantization)
+    check_kv_dtype(kv_dtype)
+    limits = parse_limits(memory)
+    devices = usable_devices(device, limits)
+    model = _describe(name_or_path)
+    planned, notes = _planned_dtype(dtype, model.dtype, devices[0])
+    plan = make_plan(
+        PlanRequest(
+            model=model.name,
+            spec=model.spec,
+            preset=settle_preset(preset, model.stored),
+            dtype=planned,
+            kv_dtype=kv_dtype,
+            context_tokens=context_tokens,
+            max_batch=max_batch,
+            devices=devices,
+            has_own_head=model.has_own_head,
+            free_disk_bytes=limits.disk_bytes,
+            max_pixels=CPU_MAX_PIXELS if model.spec.vision is not None and devices[0].kind == "cpu" else None,
+            is_stored_quantised=model.stored is not None,
+            notes=(*model.notes, *notes),
+        )
+    )
+    return measured(plan)
+
+
+def measured(plan: MemoryPlan) -> MemoryPlan:
+    """The plan with the speed that this machine's memory allows, measured once in a process (0.1 s); as it was where it
+    is for more memory than this machine has, for other devices, or does not fit."""
+    capacity_bytes = sum(device.capacity_bytes for device in plan.devices)
+    if plan.verdict != "fits" or capacity_bytes > host_bytes().total_bytes:
+        return plan
+
+    def measure_rate() -> float:
+        # Imported here because numpy takes a while, and only a plan that fits is asked for its speed.
+        from ernie45.memory.bandwidth import copy_rate
+
+        return copy_rate()
+
+    return with_speed(plan, measure_rate)
+
+
+def stored_preset(config: Mapping[str, Any]) -> QuantPreset | None:
+    """How a config.json says that the weights are quantised already; None where they are not.
+
+    Raises:
+        UnsupportedError: in a way that is not read.
+        ConfigError: an entry of the wrong type.
+    """
+    return read_packed_config(config) or (None if read_gptq_config(config) is None else _GPTQ)
+
+
+def settle_preset(asked: QuantPreset | None, stored: QuantPreset | None) -> QuantPreset | None:
+    """The preset of weights that may be `stored` quantised; None where it is still open.
+
+    Raises:
+        UnsupportedError: another preset than the stored one was asked for.
+    """
+    if stored is None:
+        return asked
+    if asked is None or asked.name in ("none", stored.name):
+        return stored
+    raise UnsupportedError(
+        f"quantization={asked.name!r} cannot be had of weights that are stored as {stored.name!r}",
+        hint="leave it out, or load the unquantised checkpoint of this model",
+    )
+
+
+def usable_devices(device: str, limits: Limits) -> tuple[DeviceMemory, ...]:
+    """The devices that `device=` and `memory=` allow, with what may be used of each, accelerators first.
+
+    Accelerators are those that `limits` names, else those that are there; the CPU is used beside them unless only they
+    are named, and by itself with "cpu".
+
+    Raises:
+        UnsupportedError: not a device, or none that is there.
+    """
+    if not isinstance(device, str) or not _DEVICE_NAME.fullmatch(device):
+        raise UnsupportedError(
+            f"device {device!r} is not a device name", hint="use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'"
+        )
+    on_cpu = device.startswith("cpu")
+    named = [DeviceMemory(name=name, capacity_bytes=size) for name, size in limits.devices.items()]
+    named.sort(key=lambda one: (one.kind, int(one.name.partition(":")[2] or 0)))
+    cpus = [one for one in named if one.kind == "cpu" and (not on_cpu or device in ("cpu", one.name))]
+    accelerators = [one for one in named if one.kind != "cpu" and device in ("auto", one.kind, one.name)]
+    if not cpus and not accelerators:
+        cpus = [DeviceMemory(name=device if on_cpu else "cpu", capacity_bytes=host_bytes().available_bytes)]
+    if not accelerators and not on_cpu:
+        accelerators = _present_accelerators(device)
+    if any(one.kind == "mps" for one in accelerators):  # which shares the CPU's memory
+        return tuple(accelerators)
+    return (*accelerators, *cpus)
+
+
+def _present_accelerators(device: str) -> list[DeviceMemory]:
+    """Asks torch, for "auto" only where there may be one."""
+    if device == "auto" and not has_cuda_driver() and sys.platform != "darwin":
+        return []
+    import torch  # here, because planning for a CPU goes without
+
+    from ernie45.devices import choose_device, free_bytes
+
+    chosen = choose_device(device)
+    names = [str(chosen)]
+    if chosen.type == "cpu":
+        return []
+    if chosen.type == "cuda" and chosen.index is None:
+        names = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return [DeviceMemory(name=name, capacity_bytes=free_bytes(torch.device(name))) for name in names]
+
+
+def _describe(name_or_path: str | os.PathLike[str] | Mapping[str, Any]) -> _Model:
+    if isinstance(name_or_path, Mapping):
+        return _from_config(name_or_path, "config")
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise InvalidRequestError(
+            f"a model is named by text, a path or a config, not {type(name_or_path).__name__}",
+            hint='e.g. "ernie45/tiny-dense"',
+        )
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return _from_folder(folder)
+    entry = catalogue.find(name_or_path) if isinstance(name_or_path, str) else None
+    if entry is None:
+        name = os.fspath(name_or_path)
+        raise ModelNotFoundError(
+            f"there is no folder and no known model {name!r}",
+            hint=catalogue.did_you_mean(name)
+            or "give a checkpoint's folder, or the content of its config.json; planning fetches nothing",
+        )
+    notes = []
+    try:
+        refuse_by_name(entry.name)
+    except UnsupportedError as error:
+        notes.append(f"This plan is for the weights in bfloat16. Loading is refused: {error.message}.")
+    spec = entry.spec
+    return _Model(
+        name=entry.name,
+        spec=spec,
+        dtype=spec.dtype or "bfloat16",
+        has_own_head=not spec.tied,
+        notes=tuple(notes),
+    )
+
+
+def _from_config(config: Mapping[str, Any], name: str) -> _Model:
+    refuse_by_config(config, name)
+    spec = parse_spec(config)
+    return _Model(
+        name=name,
+        spec=spec,
+        dtype=spec.dtype or "bfloat16",
+        has_own_head=not spec.tied,
+        stored=stored_preset(config),
+    )
+
+
+def _from_folder(folder: Path) -> _Model:
+    config = with_quantize_config(read_json(folder / "config.json"), folder)
+    model = _from_config(config, str(folder))
+    index = read_headers(folder)
+    refuse_by_tensors(index)
+    return _Model(
+        name=model.name,
+        spec=model.spec,
+        dtype=model.spec.dtype or index.main_dtype,
+        has_own_head=_has_own_head(index, model.spec),
+        stored=model.stored,
+    )
+
+
+def _has_own_head(index: CheckpointIndex, spec: ModelSpec) -> bool:
+    """As opening the checkpoint decides it: a stored head is used, unless it equals the embedding."""
+    head = index.tensors.get("lm_head.weight")
+    if head is None:
+        return spec.tied is False or "lm_head.codes" in index.tensors
+    embedding = next((info for name, info in index.tensors.items() if name.endswith("embed_tokens.weight")), None)
+    if spec.tied is False or embedding is None:
+        return True
+    from ernie45.checkpoint.read import hold_the_same  # here, because it brings in torch
+
+    return not hold_the_same(head, embedding)
+
+
+def _planned_dtype(asked: str, checkpoint: DtypeName, device: DeviceMemory) -> tuple[DtypeName, tuple[str, ...]]:
+    """The dtype that loading would take on `device`, and what there is to say about it."""
+    if asked != "auto":
+        known = next((name for name in DTYPE_NAMES if name == asked), None)
+        if known is None:
+            raise UnsupportedError(
+                f"dtype {asked!r} is unknown", hint=f"use 'auto', {', '.join(map(repr, DTYPE_NAMES))}"
+            )
+        return known, ()
+    if device.kind != "cpu" or checkpoint == "float32" or (checkpoint == "bfloat16" and has_bfloat16_arithmetic()):
+        return checkpoint, ()
+    return "float32", (
+        f"The weights are {checkpoint}, in which this CPU does not compute: they are loaded as float32.",
+    )
+
+
+def has_bfloat16_arithmetic(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this CPU computes in bfloat16, as oneDNN decides it; False where the system does not say."""
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
+    return flags >= _BFLOAT16_FLAGS or "bf16" in flags

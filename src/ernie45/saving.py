@@ -1,0 +1,72 @@
+"""Saving a model: its checkpoint is read once more and quantised matrix by matrix, so that it takes little memory and
+does not depend on the form in which this processor keeps the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ernie45.backends.base import BuildOptions
+from ernie45.backends.registry import find_architecture
+from ernie45.checkpoint.adapter import Adapter
+from ernie45.checkpoint.open import open_checkpoint, read_config
+from ernie45.checkpoint.origin import Origin
+from ernie45.checkpoint.packing import PackPlan, plan_packing, write_packed
+from ernie45.checkpoint.passing_thread import on_passing_thread
+from ernie45.checkpoint.progress import byte_progress
+from ernie45.checkpoint.write import DEFAULT_SHARD_BYTES
+from ernie45.errors import UnsupportedError
+from ernie45.presets import QuantPreset
+from ernie45.types.placement import Placement
+
+
+def save_loaded(origin: Origin | None, folder: Path, *, progress: bool) -> None:
+    """Write the model that was loaded from `origin`, None for a scripted one. See `ErnieModel.save_pretrained`."""
+    if origin is None:
+        raise UnsupportedError("a scripted model has no weights to save", hint="save one that was loaded")
+    origin.check_unchanged()
+    save_checkpoint(origin.folder, folder, origin.preset, adapter=origin.adapter, progress=progress)
+
+
+def save_checkpoint(
+    source: Path,
+    folder: Path,
+    preset: QuantPreset,
+    *,
+    adapter: Adapter | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: bool,
+) -> PackPlan:
+    """Write the checkpoint in `source` with a preset, and an adapter merged, to a new or empty folder. Returns what was
+    written.
+
+    Raises:
+        InvalidRequestError: the folder is not empty, or lies in the source.
+        UnsupportedError: matrices of this preset have no place in files.
+        CheckpointError: or one of its kinds: what loading would refuse, or a full disk.
+    """
+    config = read_config(source)
+    architecture = find_architecture(config)
+    checkpoint = open_checkpoint(source, config, architecture.parse_spec(config))
+    spec = checkpoint.spec
+    options = BuildOptions(
+        dtype=getattr(torch, spec.dtype or checkpoint.index.main_dtype),
+        placement=Placement.on("meta", spec.num_layers),
+        preset=preset,
+        context_tokens=1,
+    )
+    plan = on_passing_thread(
+        lambda advance: plan_packing(
+            checkpoint,
+            config,
+            preset,
+            build=lambda tensors: architecture.build(spec, tensors, options),
+            adapter=adapter,
+            max_shard_bytes=max_shard_bytes,
+        ),
+        lambda num_bytes: None,
+    )
+    with byte_progress(f"Saving {folder.name}", plan.weight_bytes, show=progress) as advance:
+        on_passing_thread(lambda advance: write_packed(plan, folder, advance=advance), advance)
+    return plan

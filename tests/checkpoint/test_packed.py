@@ -1,0 +1,281 @@
+"""Reading packed folders: matrices are the files' pages, and whatever does not fit is refused by name."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ernie45.checkpoint.headers import read_headers, read_json
+from ernie45.checkpoint.open import Checkpoint, open_checkpoint, open_source, open_survey, read_config
+from ernie45.checkpoint.packed import PackedCheckpointSource, packed_name
+from ernie45.checkpoint.read import PackedSource
+from ernie45.errors import ConfigError, CorruptFileError, ErnieError, TensorError, UnsupportedError
+from ernie45.presets import PRESETS, QuantPreset
+from ernie45.quantization.packed import PackedInt4, PackedInt8, num_bytes
+from ernie45.saving import save_checkpoint
+from ernie45.spec import parse_spec
+from tests.paddle_files import CONFIG, random_pt, write_checkpoint
+
+WIDE = {**CONFIG, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "tie_word_embeddings": False}
+CPU, META = torch.device("cpu"), torch.device("meta")
+QKV = {f"model.layers.0.self_attn.{name}_proj": rows for name, rows in (("q", 64), ("k", 32), ("v", 32))}
+QKV_NAME = "model.layers.0.self_attn.qkv_proj"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    source = write_checkpoint(tmp_path / "source", random_pt(WIDE), WIDE, layout="pt", dtype="BF16")
+    save_checkpoint(source, tmp_path / "packed", PRESETS["int4"], progress=False)
+    return tmp_path / "packed"
+
+
+def opened(folder: Path) -> Checkpoint:
+    config = read_config(folder)
+    return open_checkpoint(folder, config, parse_spec(config))
+
+
+def source_of(folder: Path, **options: Any) -> PackedCheckpointSource:
+    source = open_source(opened(folder), **options)
+    assert isinstance(source, PackedCheckpointSource)
+    return source
+
+
+def change(folder: Path, **tensors: torch.Tensor | None) -> None:
+    """Replace tensors of the matrix QKV_NAME by the ends of their names, or take them away."""
+    path = folder / "model.safetensors"
+    stored = load_file(path)
+    for leaf, tensor in tensors.items():
+        del stored[f"{QKV_NAME}.{leaf}"]
+        if tensor is not None:
+            stored[f"{QKV_NAME}.{leaf}"] = tensor
+    save_file(stored, path)
+
+
+def test_a_source_is_packed_where_config_says_so(folder: Path, tmp_path: Path) -> None:
+    checkpoint = opened(folder)
+    assert checkpoint.preset == PRESETS["int4"]
+    assert isinstance(open_source(checkpoint), PackedSource)
+    assert not isinstance(open_source(opened(tmp_path / "source")), PackedSource)
+
+
+def test_matrices_come_as_they_are_stored(folder: Path) -> None:
+    stored = load_file(folder / "model.safetensors")
+    advanced: list[int] = []
+    source = source_of(folder, advance=advanced.append)
+    pieces = source.read_packed(QKV, 64, CPU)
+    assert pieces is not None
+    (packed,) = pieces
+    assert isinstance(packed, PackedInt4)
+    assert set(packed.tensors()) == {"codes", "scales", "row_scales"}
+    for leaf, tensor in packed.tensors().items():
+        assert torch.equal(tensor, stored[f"{QKV_NAME}.{leaf}"])
+    assert advanced == [num_bytes(packed)]
+    head = source.read_packed({"lm_head": 50}, 64, CPU)
+    assert head is not None
+    assert isinstance(head[0], PackedInt8)
+    norm = torch.empty(64)
+    source.read_into(norm, {"model.norm.weight": 64})
+    assert torch.equal(norm, stored["model.norm.weight"].float())
+
+
+def test_an_output_head_of_its_own_is_there_though_packed(folder: Path) -> None:
+    source = source_of(folder)
+    assert "lm_head.weight" in source
+    assert "lm_head.bias" not in source
+    assert "model.norm.weight" in source
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_matrices_are_mapped_and_4_bit_pages_are_given_back(tmp_path: Path) -> None:
+    config = {**WIDE, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 1}
+    source = write_checkpoint(tmp_path / "source", random_pt(config), config, layout="pt")
+    for name, left in (("int4", 0.3), ("int8", 1.1)):
+        folder = tmp_path / name
+        preset = QuantPreset(name=name, linear=PRESETS[name].linear)
+        save_checkpoint(source, folder, preset, progress=False)
+        packed_source = source_of(folder)
+        gate_up = {f"model.layers.0.mlp.{part}_proj": 4096 for part in ("gate", "up")}
+        matrix = packed_source.read_packed(gate_up, 1024, CPU)
+        assert matrix is not None
+        codes = matrix[0].codes.clone()
+        assert _mapped_bytes(folder) >= matrix[0].codes.nbytes
+        packed_source.read_packed({"model.layers.0.self_attn.o_proj": 1024}, 64, CPU)
+        assert _mapped_bytes(folder) < left * num_bytes(matrix[0])
+        if name == "int8":
+            assert _mapped_bytes(folder) >= matrix[0].codes.nbytes
+        # Given back is not taken away: the values are still those of the file.
+        assert torch.equal(matrix[0].codes, codes)
+
+
+def _mapped_bytes(folder: Path) -> int:
+    """Resident bytes of the mapping of a folder's weights."""
+    path, inside = str((folder / "model.safetensors").resolve()), False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            inside = line.endswith(path)
+        elif inside and line.startswith("Rss:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"{path} is not mapped")
+
+
+def test_a_survey_counts_and_leaves_nothing_over(folder: Path) -> None:
+    checkpoint = opened(folder)
+    source, survey = open_survey(checkpoint)
+    assert isinstance(source, PackedCheckpointSource)
+    pieces = source.read_packed(QKV, 64, META)
+    assert pieces is not None
+    assert pieces[0].codes.device.type == "meta"
+    assert survey.read_bytes == num_bytes(pieces[0])
+    assert f"{QKV_NAME}.codes" not in survey.unread()
+    with pytest.raises(TensorError, match=r"'lm_head\.codes' that a model of this config has no place for"):
+        checkpoint.account_for(["lm_head.codes"])
+
+
+DAMAGES: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
+    "no codes": ({"codes": None}, r"no tensor '.*qkv_proj\.codes', but by config\.json it is packed as 'int4'"),
+    "no scales": ({"scales": None}, r"no tensor '.*qkv_proj\.scales'"),
+    "no row scales": ({"row_scales": None}, r"no tensor '.*qkv_proj\.row_scales'"),
+    "other rows": (
+        {"codes": torch.zeros(64, 32, dtype=torch.uint8)},
+        r"qkv_proj\.codes' is stored as U8 \[64, 32\], but the model needs U8 \[128, 32\]",
+    ),
+    "other dtype": ({"row_scales": torch.zeros(128, dtype=torch.float64)}, "stored as F64 .* needs F32"),
+    "8 bits of another width": (
+        {"codes": torch.zeros(128, 32, dtype=torch.int8)},
+        r"stored as I8 \[128, 32\], but the model needs I8 \[128, 64\]",
+    ),
+    "groups that do not divide": (
+        {"scales": torch.zeros(128, 3, dtype=torch.int8)},
+        "I8 with 3 groups in a row, which 64 inputs do not divide into",
+    ),
+    "scales of another kind": ({"scales": torch.zeros(128, 2, dtype=torch.int32)}, "is I32 with 2 groups"),
+}
+
+
+@pytest.mark.parametrize(("tensors", "message"), DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("device", [META, CPU], ids=str)
+def test_what_does_not_fit_is_named(
+    folder: Path, tensors: dict[str, torch.Tensor | None], message: str, device: torch.device
+) -> None:
+    change(folder, **tensors)
+    checkpoint = opened(folder)
+    source = open_survey(checkpoint)[0] if device == META else open_source(checkpoint)
+    assert isinstance(source, PackedSource)
+    with pytest.raises(TensorError, match=message):
+        source.read_packed(QKV, 64, device)
+
+
+VALUES: dict[str, tuple[dict[str, torch.Tensor], str]] = {
+    "a group's scale": ({"scales": torch.full((128, 2), -128, dtype=torch.int8)}, r"\.scales' holds -128"),
+    "a row's scale": ({"row_scales": torch.full((128,), torch.nan)}, r"row_scales' holds 128 values that are not fin"),
+    "scales without rows'": (
+        {"scales": torch.full((128, 2), torch.inf, dtype=torch.float16)},
+        r"\.scales' holds 256 values that are not finite",
+    ),
+    "8-bit codes": ({"codes": torch.full((128, 64), -128, dtype=torch.int8)}, r"codes' holds -128"),
+}
+
+
+@pytest.mark.parametrize(("tensors", "message"), VALUES.values(), ids=VALUES)
+def test_values_that_the_format_has_not_are_refused(
+    folder: Path, tensors: dict[str, torch.Tensor], message: str
+) -> None:
+    if tensors.get("codes") is not None:
+        tensors = {**tensors, "scales": torch.zeros(128)}
+    change(folder, **tensors)
+    with pytest.raises(TensorError, match=message):
+        source_of(folder).read_packed(QKV, 64, CPU)
+
+
+def test_an_order_of_inputs_must_name_each_once(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    stored = load_file(path)
+    order = torch.arange(64, dtype=torch.int32).flip(0)
+    save_file({**stored, f"{QKV_NAME}.input_order": order}, path)
+    pieces = source_of(folder).read_packed(QKV, 64, CPU)
+    assert pieces is not None
+    assert isinstance(pieces[0], PackedInt4)
+    assert pieces[0].input_order is not None
+    order[0] = 10**6
+    save_file({**stored, f"{QKV_NAME}.input_order": order}, path)
+    with pytest.raises(TensorError, match=r"input_order' holds something else than each number below 64 once"):
+        source_of(folder).read_packed(QKV, 64, CPU)
+
+
+def test_matrices_that_could_not_be_joined_are_stored_apart(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    stored = load_file(path)
+    joined = {leaf: stored.pop(f"{QKV_NAME}.{leaf}") for leaf in ("codes", "scales", "row_scales")}
+    for leaf, tensor in joined.items():
+        for name, rows in zip(QKV, tensor.split(list(QKV.values())), strict=True):
+            stored[f"{name}.{leaf}"] = rows.contiguous()
+    save_file(stored, path)
+    pieces = source_of(folder).read_packed(QKV, 64, CPU)
+    assert pieces is not None
+    assert [piece.out_features for piece in pieces] == [64, 32, 32]
+
+
+def test_the_embedding_is_never_of_4_bits(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    stored = load_file(path)
+    stored["lm_head.codes"] = torch.zeros(50, 32, dtype=torch.uint8)
+    save_file(stored, path)
+    with pytest.raises(TensorError, match=r"lm_head\.codes' is stored as U8 \[50, 32\], but the model needs I8"):
+        source_of(folder).read_packed({"lm_head": 50}, 64, CPU)
+
+
+def test_a_file_that_shrank_after_its_header_was_read(folder: Path) -> None:
+    source = source_of(folder)
+    path = folder / "model.safetensors"
+    start = read_headers(folder).tensors[f"{QKV_NAME}.codes"].start
+    with path.open("r+b") as file:
+        file.truncate(start + 10)
+    with pytest.raises(CorruptFileError, match=rf"cut short inside tensor .* it has {start + 10}"):
+        source.read_packed(QKV, 64, CPU)
+    with pytest.raises(CorruptFileError, match="cut short"):
+        opened(folder)
+
+
+ENTRIES: dict[str, tuple[dict[str, Any], type[ErnieError], str]] = {
+    "newer": ({"format_version": 2}, UnsupportedError, "written by a newer version of ernie45: its packed format is 2"),
+    "no version": ({"format_version": None}, ConfigError, "format_version is None"),
+    "a version in text": ({"format_version": "1"}, ConfigError, "format_version is '1'"),
+    "no preset": ({"preset": None}, ConfigError, "preset is None"),
+    "other parts": ({"preset": {"name": "int4"}}, ConfigError, "preset is {'name': 'int4'}"),
+    "bitsandbytes": (
+        {"preset": {"name": "nf4", "experts": "nf4", "linear": None, "embedding": None}},
+        ConfigError,
+        "preset is .*'experts': 'nf4'",
+    ),
+    "a list": ({"preset": {"name": "x", "experts": [], "linear": None, "embedding": None}}, ConfigError, "preset is"),
+    "embedding": (
+        {"preset": {"name": "x", "experts": None, "linear": None, "embedding": "int4"}},
+        ConfigError,
+        "embedding='int4' is unknown",
+    ),
+}
+
+
+@pytest.mark.parametrize(("entries", "error", "message"), ENTRIES.values(), ids=ENTRIES)
+def test_config_entries_of_another_version(
+    folder: Path, entries: dict[str, Any], error: type[ErnieError], message: str
+) -> None:
+    config = read_json(folder / "config.json")
+    config["quantization_config"] |= entries
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(error, match=message):
+        read_config(folder)
+
+
+def test_names_of_joined_matrices() -> None:
+    assert packed_name(["a.b.q_proj", "a.b.k_proj", "a.b.v_proj"]) == "a.b.qkv_proj"
+    assert packed_name(["a.b.gate_proj", "a.b.up_proj"]) == "a.b.gate_up_proj"
+    assert packed_name(["a.b.o_proj"]) == "a.b.o_proj"
+    assert packed_name(["lm_head"]) == "lm_head"
+    assert packed_name(["a.left", "a.right"]) == "a.left_right"

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ernie45.catalogue import find
+from ernie45.errors import InvalidRequestError
+from ernie45.memory.budget import kv_bytes
+from ernie45.memory.placement import DeviceMemory
+from ernie45.memory.plan import PART_NAMES, MemoryPlan
+from ernie45.memory.planner import make_plan, with_speed
+from ernie45.memory.sizing import PlanRequest
+from ernie45.memory.workspace import RUNTIME_BYTES
+from ernie45.presets import PRESETS
+
+GB = 10**9
+GIB = 2**30
+BIG = 1000 * GIB
+
+
+def request(name: str = "ERNIE-4.5-0.3B-PT", preset: str = "none", **fields: Any) -> PlanRequest:
+    entry = find(name)
+    assert entry is not None
+    capacities = fields.pop("memory", {"cpu": 24 * GIB})
+    defaults: dict[str, Any] = {
+        "model": name,
+        "spec": entry.spec,
+        "preset": PRESETS.get(preset),
+        "dtype": "bfloat16",
+        "kv_dtype": "auto",
+        "context_tokens": None,
+        "max_batch": None,
+        "devices": tuple(DeviceMemory(name=device, capacity_bytes=size) for device, size in capacities.items()),
+        "has_own_head": not entry.spec.tied,
+    }
+    return PlanRequest(**{**defaults, **fields})
+
+
+def plan(name: str = "ERNIE-4.5-0.3B-PT", preset: str = "none", **fields: Any) -> MemoryPlan:
+    return make_plan(request(name, preset, **fields))
+
+
+def smallest(**fields: Any) -> int:
+    """Memory in which the 0.3B just fits."""
+    return plan(memory={"cpu": BIG}, **fields).peak_bytes
+
+
+def test_with_room_for_all_the_defaults_are_taken() -> None:
+    made = plan()
+    assert (made.verdict, made.context_tokens, made.max_batch, made.remedies) == ("fits", 8192, 32, ())
+    assert made.kv_bytes == kv_bytes(request().spec, context_tokens=8192, max_batch=32, bytes_per_value=2)
+    assert made.weight_bytes == made.disk_bytes == 2 * 360_748_032
+    assert tuple(made.parts) == PART_NAMES
+    assert made.parts["runtime"] == RUNTIME_BYTES
+    assert made.peak_bytes <= 24 * GIB
+    assert plan("tiny-dense").context_tokens == 4096
+
+
+def test_rows_give_way_before_tokens() -> None:
+    five = plan(memory={"cpu": smallest(max_batch=5)})
+    assert (five.context_tokens, five.max_batch, five.verdict) == (8192, 5, "fits")
+    four = plan(memory={"cpu": smallest(max_batch=5) - 1})
+    assert (four.context_tokens, four.max_batch) == (8192, 4)
+    short = plan(memory={"cpu": smallest(max_batch=1) - 1})
+    assert (short.max_batch, short.verdict) == (1, "fits")
+    assert 8000 < short.context_tokens < 8192
+    least = smallest(context_tokens=256, max_batch=1)
+    assert plan(memory={"cpu": least}).context_tokens >= 256
+    assert plan(memory={"cpu": least - 1}).verdict == "does not fit"
+
+
+def test_what_is_asked_for_is_kept() -> None:
+    asked: dict[str, Any] = {"context_tokens": 1000, "max_batch": 40}
+    assert plan(**asked).kv_bytes == 40 * 1000 * 18_432
+    refused = plan(**asked, memory={"cpu": smallest(**asked) - 1})
+    assert (refused.context_tokens, refused.max_batch, refused.verdict) == (1000, 40, "does not fit")
+
+
+@pytest.mark.parametrize("asked", [{"context_tokens": 131073}, {"context_tokens": 0}, {"max_batch": 0}])
+def test_what_cannot_be_asked_for(asked: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError):
+        plan(**asked)
+
+
+def test_the_longest_context_and_the_largest_batch_just_fit() -> None:
+    made = plan(context_tokens=1024, max_batch=16, memory={"cpu": 2 * GIB})
+    for tokens, verdict in ((made.longest_context_tokens, "fits"), (made.longest_context_tokens + 1, "does not fit")):
+        assert plan(context_tokens=tokens, max_batch=16, memory={"cpu": 2 * GIB}).verdict == verdict
+    for rows, verdict in ((made.largest_batch, "fits"), (made.largest_batch + 1, "does not fit")):
+        assert plan(context_tokens=1024, max_batch=rows, memory={"cpu": 2 * GIB}).verdict == verdict
+    nothing = plan(memory={"cpu": GIB // 2})
+    assert (nothing.longest_context_tokens, nothing.largest_batch, nothing.verdict) == (0, 0, "does not fit")
+
+
+def test_an_int8_kv_cache_takes_about_half() -> None:
+    whole, half = plan(), plan(kv_dtype="int8")
+    assert (whole.kv_dtype, half.kv_dtype) == ("bfloat16", "int8")
+    assert half.kv_bytes == whole.kv_bytes * 130 // 256
+
+
+def test_auto_is_the_best_quality_that_fits() -> None:
+    chosen = [plan("ERNIE-4.5-21B-A3B-PT", "auto", memory={"cpu": size * GIB}).preset for size in (48, 24, 16, 4)]
+    assert chosen == ["none", "int8", "int4", "int4"]
+    on_gpu = [plan("ERNIE-4.5-21B-A3B-PT", "auto", memory={"cuda:0": size * GB}).preset for size in (48, 24, 16)]
+    assert on_gpu == ["none", "bnb-int8", "nf4"]
+
+
+def test_a_model_larger_than_memory_streams_its_experts() -> None:
+    made = plan("ERNIE-4.5-300B-A47B-PT", "int4", context_tokens=8192, max_batch=1)
+    assert (made.verdict, made.longest_context_tokens, made.tokens_per_second) == ("streams", 0, None)
+    assert made.disk_bytes == made.weight_bytes > 149 * GIB
+    assert "routed experts are 133.88 GiB" in made.bottleneck
+    for disk, verdict in ((made.disk_bytes, "streams"), (made.disk_bytes - 1, "does not fit")):
+        named = plan("ERNIE-4.5-300B-A47B-PT", "int4", free_disk_bytes=disk)
+        assert (named.verdict, named.free_disk_bytes) == (verdict, disk)
+
+
+def test_what_does_not_stream() -> None:
+    assert plan("ERNIE-4.5-300B-A47B-PT", "none", free_disk_bytes=50 * GB).verdict == "does not fit"
+    assert plan("ERNIE-4.5-300B-A47B-PT", "int4", memory={"cpu": 6 * GIB}).verdict == "does not fit"
+    assert plan("ERNIE-4.5-300B-A47B-PT", "int4", memory={"cuda:0": 24 * GB}).verdict == "does not fit"
+    assert plan("ERNIE-4.5-0.3B-PT", memory={"cpu": GIB // 2}).verdict == "does not fit"  # dense
+
+
+def test_the_experts_of_two_layers_must_fit_beside_the_rest() -> None:
+    """8 of 64 experts of a layer at a time."""
+    asked: dict[str, Any] = {"name": "ERNIE-4.5-300B-A47B-PT", "preset": "int4", "context_tokens": 8192, "max_batch": 1}
+    whole = plan(**asked)
+    parts = whole.parts
+    cache = 2 * 8 * 3 * 8192 * 3584 // 2 * (1 + 1 / 16 + 8 * (2 * 3584 + 8192) / (3 * 8192 * 3584))
+    all_experts = parts["routed_experts"] + 51 * 64 * (3 * 8192 * 3584 // 32 + 4 * (2 * 3584 + 8192))
+    least = int(whole.peak_bytes - all_experts + cache)
+    assert plan(**asked, memory={"cpu": least + 1000}).verdict == "streams"
+    assert plan(**asked, memory={"cpu": least - 1000}).verdict == "does not fit"
+
+
+def test_an_open_batch_leaves_the_gpu_to_the_weights() -> None:
+    memory = {"cuda:0": 24 * GB, "cpu": 256 * GB}
+    made = plan("ERNIE-4.5-300B-A47B-PT", "int4", memory=memory)
+    gpu, cpu = made.devices
+    assert (gpu.device, gpu.layers, cpu.layers) == ("cuda:0", tuple(range(54)), ())
+    assert 1 <= made.max_batch < 32
+    assert gpu.parts["kv_cache"] == made.kv_bytes
+    assert cpu.expert_layers == tuple(sorted(set(range(3, 54)) - set(gpu.expert_layers)))
+    assert made.bottleneck.startswith("speed: cpu reads")
+    assert all(device.peak_bytes <= device.capacity_bytes for device in made.devices)
+
+
+def test_parts_of_all_devices_are_the_whole_model() -> None:
+    one = plan("ERNIE-4.5-21B-A3B-PT", "none", memory={"cpu": 60 * GIB}, max_batch=1)
+    two = plan("ERNIE-4.5-21B-A3B-PT", "none", memory={"cuda:0": 24 * GB, "cuda:1": 24 * GB}, max_batch=1)
+    assert two.weight_bytes == one.weight_bytes
+    assert {part: two.parts[part] for part in PART_NAMES[:11]} == {part: one.parts[part] for part in PART_NAMES[:11]}
+    assert sum(len(device.layers) for device in two.devices) == 28
+    assert (two.placements, two.placement.devices) == (two.devices, ("cuda:0", "cuda:1"))
+
+
+def test_the_bytes_that_a_build_found_count() -> None:
+    exact: Any = {"embedding": 5 * GIB}
+    made = plan(weights=exact)
+    assert made.weight_bytes == 5 * GIB
+    assert made.parts["attention"] == 0
+
+
+def test_speed_is_the_bandwidth_over_the_bytes_of_a_token() -> None:
+    made = plan(context_tokens=1000, max_batch=4)
+    timed = with_speed(made, lambda: 20e9)
+    assert timed.tokens_per_second == pytest.approx(20e9 / (2 * 360_748_032 + 500 * 18_432), rel=1e-3)
+    assert replace(timed, tokens_per_second=None) == made
+    on_gpu = plan(memory={"cuda:0": 24 * GB})
+    assert with_speed(on_gpu, lambda: 20e9) is on_gpu
+    too_large = plan(memory={"cpu": GIB // 2})
+    assert with_speed(too_large, lambda: 20e9) is too_large

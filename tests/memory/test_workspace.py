@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ernie45.memory.workspace import PREFILL_CHUNK_TOKENS, RUNTIME_BYTES, loading_bytes, workspace_bytes
+from ernie45.presets import PRESETS
+from ernie45.spec import parse_spec
+
+CONFIG = {
+    "model_type": "ernie4_5", "hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 1000,
+    "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000, "use_bias": False,
+    "tie_word_embeddings": True, "torch_dtype": "bfloat16", "eos_token_id": 2,
+}  # fmt: skip
+SPEC = parse_spec(CONFIG)
+LAYERS = 2 * 600 * 2**10
+
+
+def workspace(preset: str = "none", context_tokens: int = 100, max_batch: int = 1, kv_dtype: str = "auto") -> int:
+    return workspace_bytes(
+        SPEC,
+        PRESETS[preset],
+        bytes_per_value=2,
+        context_tokens=context_tokens,
+        max_batch=max_batch,
+        kv_dtype=kv_dtype,
+    )
+
+
+def test_a_dense_step_is_fullest_in_its_mlp() -> None:
+    # x and its norm 2 * 100 * 64 * 2, gate, up and silu 3 * 100 * 512 * 2; half as much again, and a rotary table.
+    assert workspace() == (25_600 + 307_200) * 3 // 2 + 4 * 100 * 16 + LAYERS
+
+
+def test_a_quantised_product_needs_more() -> None:
+    # Beside gate and up, int8 rows and their float32 copy, and sums as integers and in float32, twice.
+    wide = 100 * 1024 * 2 + 100 * 64 * 5 + 2 * 8 * 100 * 1024
+    assert workspace("int8") == (25_600 + wide) * 3 // 2 + 6_400 + LAYERS
+
+
+def test_a_prompt_beyond_a_chunk_costs_no_more_than_the_chunk_and_its_angles() -> None:
+    chunk = workspace(context_tokens=PREFILL_CHUNK_TOKENS)
+    # The last part of the prompt is of another length: products of five shapes are compiled for it, and for a chunk.
+    assert workspace(context_tokens=2048) - chunk == 4 * (2048 - PREFILL_CHUNK_TOKENS) * 16 + 2 * 5 * 600 * 2**10
+
+
+def test_an_int8_cache_is_read_into_the_models_dtype() -> None:
+    assert workspace(context_tokens=65_536, kv_dtype="int8") > workspace(context_tokens=65_536)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_it_grows_with_context_and_batch(preset: str) -> None:
+    by_context = [workspace(preset, context_tokens=tokens) for tokens in (1, 256, 512, 4096)]
+    by_batch = [workspace(preset, max_batch=rows) for rows in (1, 16, 256)]
+    assert by_context == sorted(by_context)
+    assert by_batch == sorted(by_batch)
+    assert by_batch[0] < by_batch[-1]
+
+
+def test_loading_holds_the_widest_matrix_and_a_block_of_a_file() -> None:
+    assert loading_bytes(SPEC, PRESETS["none"], bytes_per_value=2) == 1024 * 64 * 2 + 16 * 2**20
+
+
+WIDE = {**CONFIG, "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "head_dim": 128,
+        "vocab_size": 32_000}  # fmt: skip
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from ernie45 import ErnieModel
+
+def status_bytes(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+
+before = status_bytes("VmHWM")
+Path("/proc/self/clear_refs").write_text("5")
+model = ErnieModel.from_pretrained(
+    sys.argv[1], quantization=sys.argv[2], device="cpu", context_tokens=256, max_batch=2, progress=False
+)
+model.batch_generate([[5] * 252, [6] * 252], max_new_tokens=4, temperature=0, ignore_eos=True)
+print(status_bytes("VmHWM") - before, model.plan.peak_bytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("preset", ["none", "int8"])
+def test_the_planned_peak_is_the_measured_one(preset: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(WIDE))
+    save_file(_tensors(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path), preset], capture_output=True, text=True, check=True
+    )
+    measured, planned = map(int, done.stdout.split())
+    # There is no tokenizer in this folder, and libraries differ from one machine to another.
+    assert abs(planned - measured) < 0.05 * measured + RUNTIME_BYTES
+
+
+def _tensors() -> dict[str, torch.Tensor]:
+    spec = parse_spec(WIDE)
+    h, query, kv = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (spec.vocab_size, h), "model.norm": (h,)}
+    for layer in range(spec.num_layers):
+        prefix = f"model.layers.{layer}."
+        shapes |= {f"{prefix}{name}_layernorm": (h,) for name in ("input", "post_attention")}
+        shapes |= {f"{prefix}self_attn.{name}_proj": (width, h) for name, width in (("q", query), ("k", kv), ("v", kv))}
+        shapes[f"{prefix}self_attn.o_proj"] = (h, query)
+        shapes |= {f"{prefix}mlp.{name}_proj": (spec.intermediate_size, h) for name in ("gate", "up")}
+        shapes[f"{prefix}mlp.down_proj"] = (h, spec.intermediate_size)
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"{name}.weight": (torch.randn(shape, generator=generator) * 0.02).bfloat16() for name, shape in shapes.items()
+    }

@@ -1,0 +1,117 @@
+"""A saved model is the model: the same logits, bit for bit, as if it were quantised while loading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from ernie45 import ErnieModel
+from ernie45.checkpoint.headers import read_json
+from ernie45.errors import ErnieError, UnsupportedError
+from ernie45.presets import PRESETS, QuantPreset
+from ernie45.saving import save_checkpoint
+from tests.paddle_files import CONFIG, EXPERTS, FileLayout, random_pt, write_checkpoint
+
+DENSE = {**CONFIG, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+MIXTURE = {**DENSE, **EXPERTS, "moe_intermediate_size": 32}
+CASES: dict[str, tuple[dict[str, Any], FileLayout, dict[str, Any]]] = {
+    "dense": (DENSE, "pt", {}),
+    "rows that do not divide": (CONFIG, "pt", {}),
+    "experts": (MIXTURE, "pt", {"mtp": True}),
+    "experts with biases": ({**MIXTURE, "use_bias": True}, "pt", {"expert_biases": True}),
+    "a head of its own": ({**DENSE, "tie_word_embeddings": False, "use_bias": True}, "pt", {}),
+    "Paddle": ({**MIXTURE, "tie_word_embeddings": False}, "paddle", {}),
+    "PaddleFormers": (MIXTURE, "paddleformers", {}),
+}
+MINE = QuantPreset(name="mine", experts="int4", linear="int8")
+IDS = list(range(3, 40))
+
+
+def logits(folder: Path | str, quantization: str | QuantPreset, **options: Any) -> torch.Tensor:
+    with ErnieModel.from_pretrained(
+        folder, quantization=quantization, device="cpu", progress=False, context_tokens=64, max_batch=1, **options
+    ) as model:
+        return model.logits(IDS)
+
+
+def saved(source: Path | str, folder: Path, quantization: str | QuantPreset, **options: Any) -> Path:
+    with ErnieModel.from_pretrained(
+        source, quantization=quantization, device="cpu", progress=False, context_tokens=64, max_batch=1, **options
+    ) as model:
+        model.save_pretrained(folder, progress=False)
+    return folder
+
+
+@pytest.mark.parametrize(("config", "layout", "extra"), CASES.values(), ids=CASES)
+def test_reloading_gives_the_logits_of_quantising(
+    tmp_path: Path, config: dict[str, Any], layout: FileLayout, extra: dict[str, Any]
+) -> None:
+    source = write_checkpoint(tmp_path / "source", random_pt(config, **extra), config, layout=layout, dtype="BF16")
+    for preset in (PRESETS["int8"], PRESETS["int4"], MINE):
+        folder = tmp_path / preset.name
+        save_checkpoint(source, folder, preset, progress=False)
+        assert torch.equal(logits(folder, "auto"), logits(source, preset))
+
+
+@pytest.mark.parametrize("name", ["ernie45/tiny-dense", "ernie45/tiny-moe", "ernie45/tiny-vl"])
+def test_a_saved_model_answers_the_same(name: str, tmp_path: Path) -> None:
+    folder = saved(name, tmp_path / "out", "int4")
+    assert torch.equal(logits(folder, "auto"), logits(name, "int4"))
+    again = saved(folder, tmp_path / "again", "auto")
+    assert _files(again) == _files(folder)
+
+
+def test_pictures_are_seen_the_same(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (112, 112), "red")
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]
+    folder = saved("ernie45/tiny-vl", tmp_path / "out", "int8")
+    found = []
+    for path in (folder, "ernie45/tiny-vl"):
+        with ErnieModel.from_pretrained(
+            path, quantization="int8", device="cpu", progress=False, context_tokens=256, max_batch=1
+        ) as model:
+            found.append(model.logits(model.render([{"role": "user", "content": content}])))
+    assert torch.equal(*found)
+
+
+def test_without_a_preset_a_pt_folder_is_saved(tmp_path: Path) -> None:
+    folder = saved("ernie45/tiny-moe", tmp_path / "out", "none")
+    assert "quantization_config" not in read_json(folder / "config.json")
+    assert torch.equal(logits(folder, "none"), logits("ernie45/tiny-moe", "none"))
+
+
+def test_two_saves_give_the_same_bytes(tmp_path: Path) -> None:
+    first, second = (saved("ernie45/tiny-dense", tmp_path / name, "int8") for name in ("first", "second"))
+    assert _files(first) == _files(second)
+
+
+def test_a_reloaded_model_holds_the_bytes_of_the_preset(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", random_pt(MIXTURE), MIXTURE, layout="pt", dtype="BF16")
+    folder = saved(source, tmp_path / "out", "int4")
+    reports = []
+    for path, quantization in ((source, "int4"), (folder, "auto")):
+        with ErnieModel.from_pretrained(path, quantization=quantization, device="cpu", progress=False) as model:
+            reports.append(model.load_report)
+    assert reports[0].weight_bytes == reports[1].weight_bytes
+    assert "model.layers.1.mlp.experts.0.gate_up_proj.codes" in {tensor.key for tensor in reports[1].read}
+
+
+def test_a_packed_folder_is_not_packed_otherwise(tmp_path: Path) -> None:
+    folder = saved("ernie45/tiny-dense", tmp_path / "out", "int8")
+    for quantization in ("int4", "nf4"):
+        with pytest.raises(ErnieError, match="int8"):
+            logits(folder, quantization)
+    assert torch.equal(logits(folder, "int8"), logits(folder, "auto"))
+
+
+def test_bitsandbytes_models_are_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="stores matrices as 'nf4'"):
+        saved("ernie45/tiny-dense", tmp_path / "out", "nf4")
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

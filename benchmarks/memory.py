@@ -18,6 +18,9 @@ PRESETS = ("none", "int8", "int4")
 TEXT_GRID = [(context, batch) for context in (512, 8192) for batch in (1, 4, 16)] + [(32768, 1)]
 EXPERTS_GRID = [(2048, 1)]
 PICTURE_GRID = [(2048, 1)]
+MOST_OFF = 0.05  # of what was measured, by which a plan may be wrong
+TINY_BYTES = 64 * 2**20  # a model below this may be wrong by as much: runs of it differ by more than a share of it
+MOST_PEAK = 1.3  # times the weights, of one short request in bf16
 _PICTURE_SIZE = (1024, 784)  # as many pixels as go on a CPU
 
 
@@ -41,6 +44,18 @@ class Measured:
     planned: int
     planned_parts: dict[str, int]
     weights: int
+
+
+def problems(cell: Cell, measured: Measured) -> list[str]:
+    """What is wrong with a cell, in a few words each."""
+    found = []
+    off = measured.planned - measured.peak
+    if abs(off) > (TINY_BYTES if measured.weights < TINY_BYTES else MOST_OFF * measured.peak):
+        found.append(f"planned {abs(off) / 1e6:,.0f} MB too {'much' if off > 0 else 'little'}")
+    is_short = (cell.preset, cell.context_tokens, cell.max_batch) == ("none", *TEXT_GRID[0]) and not cell.picture
+    if is_short and measured.weights >= TINY_BYTES and measured.peak > MOST_PEAK * measured.weights:
+        found.append(f"peak {measured.peak / measured.weights:.2f} x the weights")
+    return found
 
 
 def measure(cell: Cell) -> Measured:
@@ -128,16 +143,22 @@ def main() -> None:
         return
     print(f"{'model':24}{'preset':8}{'context':>8}{'batch':>6}{'planned':>10}{'measured':>10}{'ratio':>7}  MB")
     results = []
+    is_right = True
     for cell in _cells(options):
         measured = measure(cell)
-        results.append({**asdict(cell), **asdict(measured)})
+        found = problems(cell, measured)
+        is_right = is_right and not found
+        results.append({**asdict(cell), **asdict(measured), "problems": found})
         megabytes = (
             f"{measured.planned / 1e6:10,.0f}{measured.peak / 1e6:10,.0f}{measured.planned / measured.peak:7.3f}"
         )
         name = Path(cell.model).name[:22]
-        print(f"{name:24}{cell.preset:8}{cell.context_tokens:8}{cell.max_batch:6}{megabytes}", flush=True)
+        marks = "".join(f"  ! {problem}" for problem in found)
+        print(f"{name:24}{cell.preset:8}{cell.context_tokens:8}{cell.max_batch:6}{megabytes}{marks}", flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=2))
+    if not is_right:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

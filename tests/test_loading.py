@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ernie45 import ErnieModel, loading, plan_memory, planning
+from ernie45 import ErnieModel, catalogue, loading, plan_memory, planning
 from ernie45.backends import Backend, BuildOptions, TensorSource, register
 from ernie45.backends.text import build_text
 from ernie45.devices import choose_device, choose_dtype
@@ -311,8 +311,8 @@ def test_what_is_left_open_is_chosen_to_fit(make_checkpoint: MakeCheckpoint, tmp
     with open_model(folder, memory={"cpu": limit, "cuda:0": "1GiB"}, max_batch=20, quantization="none") as model:
         assert model.context_tokens == 5000
         assert model.generate(IDS * 20, temperature=0, ignore_eos=True, max_new_tokens=5).usage.total_tokens == 85
-    with open_model(folder, memory={"cuda:0": "1B"}) as model:
-        assert model.context_tokens == 8192
+    with pytest.raises(InvalidRequestError, match="device='cpu' allows none"):
+        open_model(folder, memory={"cuda:0": "1B"})
 
 
 def test_no_limit_is_what_is_free(
@@ -332,7 +332,7 @@ def test_what_does_not_fit_is_refused_before_a_weight_is_read(
 ) -> None:
     monkeypatch.setattr("ernie45.checkpoint.read.TensorReader._read_bytes", None)
     for limits in ({"memory": str(WEIGHT_BYTES)}, {"memory": "20MB", "context_tokens": 256}):
-        with pytest.raises(OutOfMemoryError, match=r"weights 0\.1 MiB, KV cache for 1 x 256 tokens 0\.1 MiB") as caught:
+        with pytest.raises(OutOfMemoryError, match=r"weights 0\.1 MiB, buffers while loading 16\.0 MiB") as caught:
             open_model(small_folder_path, quantization="none", **limits)
         assert "GiB of memory on cpu instead of" in caught.value.hint
 
@@ -346,6 +346,47 @@ def test_a_cgroup_that_sets_the_limit_is_named(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(OutOfMemoryError) as caught:
         open_model(small_folder_path, memory="5MB")
     assert "cgroup" not in caught.value.message
+
+
+def test_no_limit_is_above_what_there_is(monkeypatch: pytest.MonkeyPatch, small_folder_path: Path) -> None:
+    has: dict[str, Any] = {"available_bytes": 1000, "limited_by": "machine"}
+    for total, cgroup, where in ((5_000_000, None, "in this machine"), (10**12, 5_000_000, "memory cgroup")):
+        memory = HostMemory(total_bytes=total, limit_bytes=cgroup, **has)
+        monkeypatch.setattr(loading, "host_bytes", lambda memory=memory: memory)
+        with pytest.raises(OutOfMemoryError, match=rf"there are 4\.8 MiB .*{where}"):
+            open_model(small_folder_path, memory="1GiB")
+    memory = HostMemory(total_bytes=10**9, limit_bytes=None, **has)
+    monkeypatch.setattr(loading, "host_bytes", lambda: memory)
+    with open_model(small_folder_path, memory="1GiB") as model:  # what others use may be given back
+        assert model.plan.devices[0].capacity_bytes == 10**9
+
+
+def only_small_files(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """A Hub whose repositories are all `folder`, and whose weights nobody may fetch."""
+
+    def fetch(repo_id: str, *, check: Callable[[Path], object], **options: Any) -> Path:
+        check(folder)
+        raise AssertionError("fetches the weights")
+
+    monkeypatch.setattr("ernie45.checkpoint.hub.fetch_checkpoint", fetch)
+
+
+def test_what_cannot_fit_is_not_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    only_small_files(monkeypatch, tmp_path)
+    entry = catalogue.find("ERNIE-4.5-300B-A47B-PT")
+    assert entry is not None
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+    host = HostMemory(total_bytes=10**12, available_bytes=10**12, limited_by="machine", limit_bytes=None)
+    monkeypatch.setattr(loading, "host_bytes", lambda: host)
+    for config, refused, fits in (
+        (entry.config, "24GiB", "300GiB"),
+        ({**entry.config, "quantization_config": gptq}, "130GiB", "150GiB"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(OutOfMemoryError, match=r"this needs .* GiB on cpu as"):
+            open_model(entry.name, memory=refused, dtype="bfloat16")
+        with pytest.raises(AssertionError, match="fetches the weights"):
+            open_model(entry.name, memory=fits, dtype="bfloat16", context_tokens=256, max_batch=1)
 
 
 def test_a_model_whose_experts_would_have_to_stream_is_refused(
@@ -417,6 +458,21 @@ def test_auto_takes_the_preset_that_fits(make_checkpoint: MakeCheckpoint, tmp_pa
         assert model.plan.peak_bytes <= limit
 
 
+def test_a_backend_that_knows_no_presets_is_not_asked_for_one(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ernie45.backends.registry._registered", {})
+    register("plain", parse_spec=lambda config: parse_spec({**config, "model_type": "ernie4_5"}), build=build_text)
+    folder = make_checkpoint(tmp_path, model_type="plain")
+    only_small_files(monkeypatch, folder)
+    for name in (folder, "org/model"):
+        with pytest.raises(UnsupportedError, match=r"quantization='int8' was asked for.* does not quantise"):
+            open_model(name, quantization="int8")
+    for quantization in ("auto", "none"):
+        with open_model(folder, quantization=quantization) as model:
+            assert (model.load_report.preset, model.load_report.weight_bytes) == ("none", WEIGHT_BYTES)
+
+
 def test_weights_that_take_other_bytes_than_planned_are_a_bug(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -429,7 +485,7 @@ def test_weights_that_take_other_bytes_than_planned_are_a_bug(
     monkeypatch.setattr("ernie45.backends.registry._registered", {})
     register("growing", parse_spec=lambda config: parse_spec({**config, "model_type": "ernie4_5"}), build=build)
     folder = make_checkpoint(tmp_path, model_type="growing")
-    with pytest.raises(RuntimeError, match=r"take \{'embedding': 99\} bytes, planned were \{"):
+    with pytest.raises(RuntimeError, match=r"a bug in ernie45\.backends\.text\.TextBackend.*\{'embedding': 99\}"):
         open_model(folder)
 
 

@@ -11,14 +11,18 @@ import pytest
 import torch
 
 import ernie45
-from ernie45 import list_models, plan_memory
-from ernie45.catalogue import ModelInfo
+from ernie45 import ErnieModel, list_models, plan_memory
+from ernie45.catalogue import ModelInfo, built_in_folder
 from ernie45.catalogue import find as find_entry
 from ernie45.errors import InvalidRequestError, ModelNotFoundError, UnsupportedError
 from ernie45.memory.budget import parse_limits
 from ernie45.memory.machine import host_bytes
+from ernie45.memory.placement import DeviceMemory
 from ernie45.planning import has_bfloat16_arithmetic, usable_devices
-from ernie45.presets import QuantPreset
+from ernie45.presets import PRESETS, QuantPreset
+from ernie45.saving import save_checkpoint
+from tests.gptq_files import Order, write_gptq_folder
+from tests.paddle_files import CONFIG, EXPERTS, random_pt, write_checkpoint
 
 GIB = 2**30
 MakeCheckpoint = Callable[..., Path]
@@ -70,10 +74,16 @@ def test_an_unknown_name_is_no_model() -> None:
     with pytest.raises(ModelNotFoundError, match=r"no known model 'ERNIE-4\.5-0\.3B-TP'") as caught:
         plan("ERNIE-4.5-0.3B-TP")
     assert "did you mean 'baidu/ERNIE-4.5-0.3B-PT'" in caught.value.hint
-    for name in ("someone/else", "/no/such/folder"):
-        with pytest.raises(ModelNotFoundError) as caught:
+    with pytest.raises(ModelNotFoundError) as caught:
+        plan("someone/else")
+    assert "give a checkpoint's folder" in caught.value.hint
+    for name in ("/no/such/folder", "~nouser/x", "n" * 5000, "/" + "n" * 5000, "./a\0b", Path("someone/else")):
+        with pytest.raises(ModelNotFoundError, match="there is no folder") as caught:
             plan(name)
-        assert "give a checkpoint's folder" in caught.value.hint
+        assert caught.value.hint
+        assert len(caught.value.message) < 300
+    with pytest.raises(InvalidRequestError, match="empty"):
+        plan("")
     with pytest.raises(InvalidRequestError, match="not int"):
         plan(5)
 
@@ -158,15 +168,31 @@ def test_devices_are_those_that_are_named() -> None:
     assert names("auto", {"mps": "1GiB", "cpu": "1GiB"}) == ["mps"]
     assert names("cpu", {"cpu:1": "1GiB", "cpu:0": "1GiB"}) == ["cpu:0", "cpu:1"]
     assert names("cpu:1", {"cpu:1": "1GiB", "cpu:0": "1GiB"}) == ["cpu:1"]
+    assert names("cpu", {"cpu": "1GiB", "cuda:0": "1GiB"}) == ["cpu"]
+    assert usable_devices("cpu:1", parse_limits("5GiB")) == (DeviceMemory(name="cpu:1", capacity_bytes=5 * GIB),)
     (one,) = usable_devices("cpu", parse_limits("5GiB"))
     assert one.capacity_bytes == 5 * GIB
 
 
 def test_what_is_free_counts_where_nothing_is_named() -> None:
-    for memory in (None, {"cuda:0": "1GiB"}, {"disk": "1GB"}):
+    for memory in (None, {"disk": "1GB"}):
         (one,) = usable_devices("cpu", parse_limits(memory))
         assert one.name == "cpu"
         assert 0 < one.capacity_bytes <= host_bytes().total_bytes
+
+
+@pytest.mark.parametrize(
+    ("device", "memory"),
+    [
+        ("cpu", {"cuda:0": "1GiB", "disk": "1GB"}),
+        ("cpu:1", {"cpu:0": "1GiB"}),
+        ("cuda:1", {"cuda:0": "1GiB"}),
+        ("cuda", {"mps": "1GiB"}),
+    ],
+)
+def test_limits_of_other_devices_than_are_allowed(device: str, memory: dict[str, str]) -> None:
+    with pytest.raises(InvalidRequestError, match=f"names {next(iter(memory))}, but device={device!r} allows"):
+        usable_devices(device, parse_limits(memory))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
@@ -214,6 +240,10 @@ def test_weights_that_are_quantised_already_keep_their_preset(make_checkpoint: M
         assert plan(folder, quantization=asked).preset == "mine"
     with pytest.raises(UnsupportedError, match="stored as 'mine'"):
         plan(folder, quantization="int8")
+    for same in (QuantPreset(name="mine", experts="int4", linear="int8"), QuantPreset(name="none")):
+        assert plan(folder, quantization=same).preset == "mine"
+    with pytest.raises(UnsupportedError, match=r"stored as QuantPreset\(name='mine'"):
+        plan(folder, quantization=QuantPreset(name="mine", experts="int8", linear="int8"))
     stored = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
     assert plan(make_checkpoint(tmp_path / "gptq", quantization_config=stored)).preset == "gptq"
 
@@ -222,3 +252,53 @@ def test_weights_whose_quantisation_is_not_read_are_refused(make_checkpoint: Mak
     folder = make_checkpoint(tmp_path, quantization_config={"quantization": "wint2"})
     with pytest.raises(UnsupportedError, match="wint2"):
         plan(folder)
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_pictures_have_the_limit_of_the_processors_files(as_folder: bool, tmp_path: Path) -> None:
+    """50,176 pixels in tiny-vl; the published limit is far higher."""
+    asked: dict[str, Any] = {"context_tokens": 64, "max_batch": 1, "quantization": "none"}
+    shipped = built_in_folder(find("tiny-vl"))
+    name = str(shipped) if as_folder else "tiny-vl"
+    with ErnieModel.from_pretrained(name, device="cpu", dtype="bfloat16", progress=False, **asked) as model:
+        assert model.load_report.max_pixels == 50_176
+        assert plan(name, **asked).workspace_bytes == model.plan.workspace_bytes
+    assert plan(name, device="cuda", memory={"cuda:0": "1GiB"}, **asked).workspace_bytes == model.plan.workspace_bytes
+
+
+QUANTISED = {**CONFIG, **EXPERTS, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "use_bias": True}
+
+
+def check_bytes(folder: Path) -> None:
+    """A plan for the folder counts what loading finds, part by part."""
+    for dtype in ("float32", "bfloat16"):
+        with ErnieModel.from_pretrained(folder, device="cpu", dtype=dtype, progress=False) as model:
+            made = plan(folder, dtype=dtype)
+            assert {part: made.parts[part] for part in model.load_report.weight_parts} == model.load_report.weight_parts
+            assert made.weight_bytes == model.load_report.weight_bytes
+
+
+@pytest.mark.parametrize("preset", ["int8", "int4"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_packed_folder_says_its_bytes(preset: str, tied: bool, tmp_path: Path) -> None:
+    config = {**QUANTISED, "tie_word_embeddings": tied}
+    source = write_checkpoint(tmp_path / "source", random_pt(config), config, layout="pt")
+    save_checkpoint(source, tmp_path / "packed", PRESETS[preset], progress=False)
+    check_bytes(tmp_path / "packed")
+
+
+@pytest.mark.parametrize("order", ["stored", "shared", "separate"])
+@pytest.mark.parametrize("options", [{}, {"symmetric": False, "plain": "shared_experts"}, {"group_size": -1}])
+def test_a_gptq_folder_says_its_bytes(order: Order, options: dict[str, Any], tmp_path: Path) -> None:
+    config = {**QUANTISED, "moe_intermediate_size": 32}
+    source = write_checkpoint(tmp_path / "source", random_pt(config), config, layout="pt")
+    write_gptq_folder(source, tmp_path / "gptq", tmp_path / "reference", order=order, **options)
+    check_bytes(tmp_path / "gptq")
+    save_checkpoint(tmp_path / "gptq", tmp_path / "packed", PRESETS["none"], progress=False)
+    check_bytes(tmp_path / "packed")
+
+
+def test_a_packed_vision_model_says_its_bytes(tmp_path: Path) -> None:
+    save_checkpoint(built_in_folder(find("tiny-vl")), tmp_path / "packed", PRESETS["int4"], progress=False)
+    check_bytes(tmp_path / "packed")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ernie45 import ErnieModel
 from ernie45.checkpoint.headers import read_json
 from ernie45.errors import ErnieError, UnsupportedError
 from ernie45.presets import PRESETS, QuantPreset
 from ernie45.saving import save_checkpoint
-from tests.paddle_files import CONFIG, EXPERTS, FileLayout, random_pt, write_checkpoint
+from tests.paddle_files import CONFIG, EXPERTS, Array, FileLayout, FloatDtype, random_pt, write_checkpoint
 
 DENSE = {**CONFIG, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 MIXTURE = {**DENSE, **EXPERTS, "moe_intermediate_size": 32}
@@ -111,6 +115,54 @@ def test_a_packed_folder_is_not_packed_otherwise(tmp_path: Path) -> None:
 def test_bitsandbytes_models_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="stores matrices as 'nf4'"):
         saved("ernie45/tiny-dense", tmp_path / "out", "nf4")
+
+
+def adapter_for(folder: Path, hidden_size: int) -> Path:
+    """A LoRA adapter of a layer's query projection [64, hidden]."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(2)
+    factors = {
+        f"base_model.model.model.layers.0.self_attn.q_proj.lora_{factor}.weight": torch.randn(
+            shape, generator=generator
+        )
+        for factor, shape in (("A", (2, hidden_size)), ("B", (64, 2)))
+    }
+    save_file(factors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 1, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize(("stored", "computed"), [("BF16", "float32"), ("F32", "bfloat16")])
+@pytest.mark.parametrize("preset", ["none", "int8", "int4"])
+@pytest.mark.parametrize("adapted", [True, False])
+def test_a_model_of_another_dtype_than_its_files_is_saved_as_it_is(
+    tmp_path: Path, stored: FloatDtype, computed: str, preset: str, adapted: bool
+) -> None:
+    config = {**MIXTURE, "torch_dtype": {"BF16": "bfloat16", "F32": "float32"}[stored]}
+    source = write_checkpoint(tmp_path / "source", _fine(random_pt(config)), config, layout="pt", dtype=stored)
+    adapter = adapter_for(tmp_path / "adapter", 64) if adapted else None
+    folder = saved(source, tmp_path / "out", preset, dtype=computed, adapter=adapter)
+    expected = logits(source, preset, dtype=computed, adapter=adapter)
+    assert torch.equal(logits(folder, "auto" if adapted else preset, dtype="auto" if adapted else computed), expected)
+    norm = load_file(folder / "model.safetensors")["model.norm.weight"]
+    assert norm.dtype == {"BF16": torch.bfloat16, "F32": torch.float32}[stored]
+
+
+def test_a_folder_by_a_relative_name_is_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path / "source", random_pt(DENSE), DENSE, layout="pt", dtype="BF16")
+    adapter_for(tmp_path / "adapter", 64)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with ErnieModel.from_pretrained("./source", adapter="adapter", device="cpu", progress=False) as model:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        model.save_pretrained("out", progress=False)
+        assert torch.equal(logits(tmp_path / "elsewhere" / "out", "none"), model.logits(IDS))
+
+
+def _fine(tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """Values between those of bfloat16, where the files have room for them."""
+    return {name: values * np.float32(1.001) for name, values in tensors.items()}
 
 
 def _files(folder: Path) -> dict[str, bytes]:

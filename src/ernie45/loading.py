@@ -14,9 +14,8 @@ import torch
 
 from ernie45.backends.base import Backend, BuildOptions
 from ernie45.backends.registry import Architecture, find_architecture
-from ernie45.backends.text import build_text
-from ernie45.backends.vision_language import build_vision_language
 from ernie45.checkpoint.adapter import AdaptedSource, Adapter, read_adapter
+from ernie45.checkpoint.gptq_config import read_gptq_config
 from ernie45.checkpoint.headers import read_json
 from ernie45.checkpoint.open import Checkpoint, open_checkpoint, open_source, open_survey, read_config
 from ernie45.checkpoint.origin import Origin
@@ -25,13 +24,15 @@ from ernie45.checkpoint.progress import byte_progress
 from ernie45.checkpoint.resolve import resolve
 from ernie45.checkpoint.survey import HeaderSurvey
 from ernie45.devices import check_dtype_name, choose_device, choose_dtype
-from ernie45.errors import InvalidRequestError, ModelNotFoundError, OutOfMemoryError, TokenizerError
+from ernie45.errors import InvalidRequestError, ModelNotFoundError, TokenizerError, UnsupportedError
 from ernie45.kernels.bitsandbytes import check_bitsandbytes
-from ernie45.memory.budget import KVDtype, MemoryLimit, check_kv_dtype, in_words, parse_limits
+from ernie45.memory.budget import DTYPE_BYTES, KVDtype, MemoryLimit, check_kv_dtype, parse_limits
+from ernie45.memory.estimate import estimate_sites
 from ernie45.memory.machine import host_bytes
-from ernie45.memory.placement import DeviceMemory
+from ernie45.memory.placement import DeviceMemory, within_host
 from ernie45.memory.plan import MemoryPlan
 from ernie45.memory.planner import choose_preset, make_plan
+from ernie45.memory.remedies import refusal
 from ernie45.memory.sizing import PlanRequest
 from ernie45.planning import settle_preset, stored_preset, usable_devices
 from ernie45.presets import PRESETS, QuantPreset, WeightPart, find_preset
@@ -47,7 +48,6 @@ from ernie45.types.reports import IgnoredTensor, LoadReport
 from ernie45.types.stats import ModelStats, StageClock
 
 _END_TOKENS = ("</s>", "<|end_of_sentence|>", "<|im_end|>")
-_NAMED_REMEDIES = 3  # in an error
 _DTYPE_NAMES: Mapping[torch.dtype, DtypeName] = MappingProxyType(
     {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 )
@@ -100,7 +100,7 @@ def load(name_or_path: str | os.PathLike[str], options: LoadOptions) -> LoadedMo
     check_dtype_name(options.dtype)
     check_kv_dtype(options.kv_dtype)
     choose_device(options.device)
-    devices = usable_devices(options.device, parse_limits(options.memory))
+    devices = within_host(usable_devices(options.device, parse_limits(options.memory)), host_bytes().most_bytes)
     for device in devices:
         choose_device(device.name)
     lora = None if options.adapter is None else read_adapter(_adapter_folder(options.adapter))
@@ -113,7 +113,7 @@ def load(name_or_path: str | os.PathLike[str], options: LoadOptions) -> LoadedMo
             local_files_only=options.local_files_only,
             token=options.token,
             progress=options.progress,
-            check=_check_config,
+            check=lambda folder: _check_config(folder, str(name_or_path), options, devices=devices),
         )
     with clock.stage("check"):
         checked = _check(folder, str(name_or_path), options, devices=devices, adapter=lora)
@@ -147,22 +147,16 @@ def _check(
     config = read_config(folder)
     architecture = find_architecture(config)
     spec = architecture.parse_spec(config)
+    _check_preset(architecture, spec, options)
     checkpoint = open_checkpoint(folder, config, spec)
     defaults = _generation_defaults(folder)
     device = torch.device(devices[0].name)
-    vision = read_vision_input(
-        folder,
-        spec,
-        on_cpu=device.type == "cpu",
-        max_pixels=options.max_pixels,
-        media_limits=options.media_limits,
-    )
-    dtype = choose_dtype(options.dtype, checkpoint=spec.dtype or checkpoint.index.main_dtype, device=device)
-    request = _request(name, config, spec, options, devices=devices, dtype=dtype, vision=vision)
-    dry = _dry_build(architecture, checkpoint, adapter, request, dtype)
+    vision = _vision_input(folder, spec, options, device)
+    stored = spec.dtype or checkpoint.index.main_dtype
+    request = _request(name, config, spec, options, devices=devices, stored_dtype=stored, vision=vision)
+    dry = _dry_build(architecture, checkpoint, adapter, request)
     ignored = checkpoint.account_for(dry.survey.unread())
-    if dry.plan.verdict != "fits":
-        raise _refusal(dry.plan, named=options.memory is not None)
+    _check_plan(dry.plan, options)
     return _Checked(
         architecture=architecture,
         checkpoint=checkpoint,
@@ -172,7 +166,7 @@ def _check(
         device=device,
         dry=dry,
         ignored=ignored,
-        origin=Origin.of(checkpoint, dry.options.preset, adapter),
+        origin=Origin.of(checkpoint, dry.options.preset, adapter, dry.options.dtype),
     )
 
 
@@ -232,11 +226,12 @@ def _request(
     options: LoadOptions,
     *,
     devices: tuple[DeviceMemory, ...],
-    dtype: torch.dtype,
+    stored_dtype: DtypeName,
     vision: VisionInput | None,
 ) -> PlanRequest:
     """What there is to plan, before the headers say how much it is."""
     stored = stored_preset(config)
+    dtype = choose_dtype(options.dtype, checkpoint=stored_dtype, device=torch.device(devices[0].name))
     return PlanRequest(
         model=name,
         spec=spec,
@@ -246,7 +241,8 @@ def _request(
         context_tokens=options.context_tokens,
         max_batch=options.max_batch,
         devices=devices,
-        has_own_head=not spec.tied,
+        has_own_head=spec.tied is False,
+        stored_dtype=stored_dtype,
         free_disk_bytes=parse_limits(options.memory).disk_bytes,
         max_pixels=None if vision is None else vision.max_pixels,
         is_stored_quantised=stored is not None,
@@ -268,19 +264,18 @@ def _dry_build(
     checkpoint: Checkpoint,
     adapter: Adapter | None,
     request: PlanRequest,
-    dtype: torch.dtype,
 ) -> _DryBuild:
     """Build on the "meta" device: raises whatever would stop the real build."""
     source, survey = open_survey(checkpoint, adapter)
     request = replace(request, has_own_head="lm_head.weight" in source or request.spec.tied is False)
-    if architecture.build not in (build_text, build_vision_language):  # knows no presets, and one device
-        request = replace(request, preset=request.preset or PRESETS["none"], devices=request.devices[:1])
+    if not architecture.follows_options:
+        request = replace(request, preset=PRESETS["none"], devices=request.devices[:1])
     preset = request.preset or choose_preset(request)
     options = BuildOptions(
-        dtype=dtype,
+        dtype=getattr(torch, request.dtype),
         placement=Placement.on("meta", request.spec.num_layers),
         # What GPTQ has left out stays as it is.
-        preset=preset if checkpoint.gptq is None else PRESETS["none"],
+        preset=preset if checkpoint.gptq is None else QuantPreset(name=preset.name),
         context_tokens=1,
     )
     weights = architecture.build(request.spec, source, options).weight_bytes
@@ -306,31 +301,11 @@ def _build(checked: _Checked, *, show: bool) -> Backend:
             advance,
         )
     if Counter(backend.weight_bytes) != Counter(dry.weights):
-        raise RuntimeError(f"the weights take {dict(backend.weight_bytes)} bytes, planned were {dict(dry.weights)}")
-    return backend
-
-
-def _refusal(plan: MemoryPlan, *, named: bool) -> OutOfMemoryError:
-    """Why a plan is not carried out; `named` says whether the caller set the limit."""
-    fullest = max(plan.devices, key=lambda device: device.peak_bytes - device.capacity_bytes)
-    needed = ", ".join(
-        f"{what} {in_words(num_bytes)}"
-        for what, num_bytes in (
-            ("weights", fullest.weight_bytes),
-            (f"KV cache for {plan.max_batch} x {plan.context_tokens} tokens", fullest.parts["kv_cache"]),
-            ("workspace", fullest.parts["workspace"]),
-            ("runtime", fullest.parts["runtime"]),
+        raise RuntimeError(
+            f"a bug in {type(backend).__module__}.{type(backend).__qualname__}, please report it: the weights of "
+            f"{checkpoint.folder} take {dict(backend.weight_bytes)} bytes, but on the 'meta' device {dict(dry.weights)}"
         )
-    )
-    message = (
-        f"this needs {in_words(fullest.peak_bytes)} on {fullest.device} as {plan.preset!r} ({needed}), and there are "
-        f"{in_words(fullest.capacity_bytes)}"
-    )
-    if not named and fullest.device == "cpu" and host_bytes().limited_by == "cgroup":
-        message += " within the limit of this process's memory cgroup"
-    if plan.verdict == "streams":
-        message += "; its routed experts could be read from disk as they are needed, which this version does not do yet"
-    return OutOfMemoryError(message, hint=" ".join(plan.remedies[:_NAMED_REMEDIES]))
+    return backend
 
 
 def _adapter_folder(adapter: str | os.PathLike[str]) -> Path:
@@ -347,9 +322,49 @@ def _adapter_folder(adapter: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def _check_config(folder: Path) -> None:
+def _check_config(folder: Path, name: str, options: LoadOptions, *, devices: tuple[DeviceMemory, ...]) -> None:
+    """What config.json alone tells, before weights are fetched; what does not fit even by the least that they can take
+    is refused."""
     config = read_config(folder)
-    find_architecture(config).parse_spec(config)
+    architecture = find_architecture(config)
+    spec = architecture.parse_spec(config)
+    _check_preset(architecture, spec, options)
+    if not architecture.follows_options:  # what it takes, only a build shows
+        return
+    vision = _vision_input(folder, spec, options, torch.device(devices[0].name))
+    stored = spec.dtype or "bfloat16"
+    request = _request(name, config, spec, options, devices=devices, stored_dtype=stored, vision=vision)
+    if read_gptq_config(config) is not None and request.preset is not None:  # its scales may be smaller than ours
+        sites = estimate_sites(
+            spec, request.preset, bytes_per_value=DTYPE_BYTES[request.dtype], has_own_head=request.has_own_head
+        )
+        request = replace(request, weights={**sites.total(), "scales": 0})
+    _check_plan(make_plan(request), options)
+
+
+def _check_preset(architecture: Architecture, spec: ModelSpec, options: LoadOptions) -> None:
+    preset = find_preset(options.quantization)
+    if not architecture.follows_options and preset not in (None, PRESETS["none"]):
+        raise UnsupportedError(
+            f"quantization={preset.name!r} was asked for, but the backend registered for model_type "
+            f"{spec.model_type!r} does not quantise",
+            hint="leave quantization= out",
+        )
+
+
+def _check_plan(plan: MemoryPlan, options: LoadOptions) -> None:
+    if plan.verdict != "fits":
+        raise refusal(plan, parse_limits(options.memory), host_bytes())
+
+
+def _vision_input(folder: Path, spec: ModelSpec, options: LoadOptions, device: torch.device) -> VisionInput | None:
+    return read_vision_input(
+        folder,
+        spec,
+        on_cpu=device.type == "cpu",
+        max_pixels=options.max_pixels,
+        media_limits=options.media_limits,
+    )
 
 
 def _generation_defaults(folder: Path) -> GenerationDefaults:

@@ -6,7 +6,6 @@ import asyncio
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, final
 
 from typing_extensions import Self, Unpack
@@ -354,14 +353,15 @@ class ErnieModel:
     def save_pretrained(self, folder: str | os.PathLike[str], *, progress: bool = True) -> None:
         """Write the model as it is quantised to a new or empty folder, from which it loads without that work.
 
-        The checkpoint it came from is read once more. An unquantised model becomes a plain -PT folder.
+        The checkpoint it came from is read once more. An unquantised model becomes a plain -PT folder. What is not
+        quantised keeps the dtype it is stored in; with an adapter, what that changed takes the model's dtype.
 
         Raises:
-            InvalidRequestError: the folder is not empty, or lies in the checkpoint's.
+            InvalidRequestError: `folder` names none, is not empty, or lies in the checkpoint's.
             UnsupportedError: the preset is bitsandbytes', or the model is a scripted one.
             CheckpointError: the checkpoint is gone or has changed, or the disk is full.
         """
-        save_loaded(self._loaded.origin, Path(folder).expanduser(), progress=progress)
+        save_loaded(self._loaded.origin, folder, progress=progress)
 
     # Lifetime
 

@@ -6,23 +6,33 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ernie45 import catalogue
-from ernie45.checkpoint.gptq_config import read_gptq_config, with_quantize_config
+from ernie45.checkpoint.gptq_config import GptqConfig, read_gptq_config, with_quantize_config
 from ernie45.checkpoint.headers import CheckpointIndex, read_headers, read_json
 from ernie45.checkpoint.packed_config import read_packed_config
 from ernie45.checkpoint.quantized_releases import refuse_by_config, refuse_by_name, refuse_by_tensors
+from ernie45.checkpoint.resolve import named_folder
 from ernie45.errors import InvalidRequestError, ModelNotFoundError, UnsupportedError
-from ernie45.memory.budget import CPU_MAX_PIXELS, KVDtype, Limits, MemoryLimit, check_kv_dtype, parse_limits
+from ernie45.memory.budget import (
+    CPU_MAX_PIXELS,
+    DTYPE_BYTES,
+    KVDtype,
+    Limits,
+    MemoryLimit,
+    check_kv_dtype,
+    parse_limits,
+)
+from ernie45.memory.estimate import PartBytes, stored_weights
 from ernie45.memory.machine import has_cuda_driver, host_bytes
 from ernie45.memory.placement import DeviceMemory
 from ernie45.memory.plan import MemoryPlan
 from ernie45.memory.planner import make_plan, with_speed
 from ernie45.memory.sizing import PlanRequest
-from ernie45.presets import QuantPreset, find_preset
+from ernie45.presets import PRESETS, QuantPreset, find_preset
 from ernie45.spec import DTYPE_NAMES, DtypeName, ModelSpec, parse_spec
 
 _DEVICE_NAME = re.compile(r"auto|mps|(cpu|cuda)(:\d+)?")
@@ -33,13 +43,17 @@ _GPTQ = QuantPreset(name="gptq", experts="int4", linear="int4")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Model:
-    """What planning wants to know; `stored` is how the files are quantised already."""
+    """What planning wants to know; `stored` is how the files are quantised already. `folder` is where the files are,
+    and `index` what their headers say, None where only a config is known."""
 
     name: str
     spec: ModelSpec
     dtype: DtypeName
     has_own_head: bool
     stored: QuantPreset | None = None
+    gptq: GptqConfig | None = None
+    folder: Path | None = None
+    index: CheckpointIndex | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -83,7 +97,9 @@ def plan_memory(
             devices=devices,
             has_own_head=model.has_own_head,
             free_disk_bytes=limits.disk_bytes,
-            max_pixels=CPU_MAX_PIXELS if model.spec.vision is not None and devices[0].kind == "cpu" else None,
+            stored_dtype=model.dtype,
+            weights=_stored_weights(model, DTYPE_BYTES[planned]),
+            max_pixels=_max_pixels(model, on_cpu=devices[0].kind == "cpu"),
             is_stored_quantised=model.stored is not None,
             notes=(*model.notes, *notes),
         )
@@ -125,10 +141,11 @@ def settle_preset(asked: QuantPreset | None, stored: QuantPreset | None) -> Quan
     """
     if stored is None:
         return asked
-    if asked is None or asked.name in ("none", stored.name):
+    if asked is None or asked in (PRESETS["none"], stored):
         return stored
+    stored_as = repr(stored.name if asked.name != stored.name else stored)
     raise UnsupportedError(
-        f"quantization={asked.name!r} cannot be had of weights that are stored as {stored.name!r}",
+        f"quantization={asked.name!r} cannot be had of weights that are stored as {stored_as}",
         hint="leave it out, or load the unquantised checkpoint of this model",
     )
 
@@ -137,10 +154,11 @@ def usable_devices(device: str, limits: Limits) -> tuple[DeviceMemory, ...]:
     """The devices that `device=` and `memory=` allow, with what may be used of each, accelerators first.
 
     Accelerators are those that `limits` names, else those that are there; the CPU is used beside them unless only they
-    are named, and by itself with "cpu".
+    are named, and by itself with "cpu". A limit of "cpu" is that of "cpu:1" too.
 
     Raises:
         UnsupportedError: not a device, or none that is there.
+        InvalidRequestError: `limits` names devices, but none that `device` allows.
     """
     if not isinstance(device, str) or not _DEVICE_NAME.fullmatch(device):
         raise UnsupportedError(
@@ -149,8 +167,15 @@ def usable_devices(device: str, limits: Limits) -> tuple[DeviceMemory, ...]:
     on_cpu = device.startswith("cpu")
     named = [DeviceMemory(name=name, capacity_bytes=size) for name, size in limits.devices.items()]
     named.sort(key=lambda one: (one.kind, int(one.name.partition(":")[2] or 0)))
-    cpus = [one for one in named if one.kind == "cpu" and (not on_cpu or device in ("cpu", one.name))]
+    cpus = [one for one in named if one.kind == "cpu"]
+    if device.startswith("cpu:"):
+        cpus = [replace(one, name=device) for one in cpus if one.name in ("cpu", device)]
     accelerators = [one for one in named if one.kind != "cpu" and device in ("auto", one.kind, one.name)]
+    if named and not cpus and not accelerators:
+        raise InvalidRequestError(
+            f"memory= names {', '.join(one.name for one in named)}, but device={device!r} allows none of them",
+            hint=f"name {device!r} in memory=, or leave it out for what is free",
+        )
     if not cpus and not accelerators:
         cpus = [DeviceMemory(name=device if on_cpu else "cpu", capacity_bytes=host_bytes().available_bytes)]
     if not accelerators and not on_cpu:
@@ -180,19 +205,14 @@ def _present_accelerators(device: str) -> list[DeviceMemory]:
 def _describe(name_or_path: str | os.PathLike[str] | Mapping[str, Any]) -> _Model:
     if isinstance(name_or_path, Mapping):
         return _from_config(name_or_path, "config")
-    if not isinstance(name_or_path, (str, os.PathLike)):
-        raise InvalidRequestError(
-            f"a model is named by text, a path or a config, not {type(name_or_path).__name__}",
-            hint='e.g. "ernie45/tiny-dense"',
-        )
-    folder = Path(name_or_path).expanduser()
-    if folder.is_dir():
+    folder = named_folder(name_or_path)
+    if folder is not None:
         return _from_folder(folder)
-    entry = catalogue.find(name_or_path) if isinstance(name_or_path, str) else None
+    name = str(name_or_path).strip()
+    entry = catalogue.find(name)
     if entry is None:
-        name = os.fspath(name_or_path)
         raise ModelNotFoundError(
-            f"there is no folder and no known model {name!r}",
+            f"there is no folder and no known model {name!r:.200}",
             hint=catalogue.did_you_mean(name)
             or "give a checkpoint's folder, or the content of its config.json; planning fetches nothing",
         )
@@ -207,6 +227,7 @@ def _describe(name_or_path: str | os.PathLike[str] | Mapping[str, Any]) -> _Mode
         spec=spec,
         dtype=spec.dtype or "bfloat16",
         has_own_head=not spec.tied,
+        folder=catalogue.built_in_folder(entry) if entry.built_in else None,
         notes=tuple(notes),
     )
 
@@ -220,6 +241,7 @@ def _from_config(config: Mapping[str, Any], name: str) -> _Model:
         dtype=spec.dtype or "bfloat16",
         has_own_head=not spec.tied,
         stored=stored_preset(config),
+        gptq=read_gptq_config(config),
     )
 
 
@@ -228,13 +250,42 @@ def _from_folder(folder: Path) -> _Model:
     model = _from_config(config, str(folder))
     index = read_headers(folder)
     refuse_by_tensors(index)
-    return _Model(
-        name=model.name,
-        spec=model.spec,
+    return replace(
+        model,
         dtype=model.spec.dtype or index.main_dtype,
         has_own_head=_has_own_head(index, model.spec),
-        stored=model.stored,
+        folder=folder,
+        index=index,
     )
+
+
+def _stored_weights(model: _Model, bytes_per_value: int) -> PartBytes | None:
+    """What files that are quantised already hold; the estimate is exact for others."""
+    if model.index is None or model.stored is None:
+        return None
+    return stored_weights(
+        model.index, bytes_per_value=bytes_per_value, has_own_head=model.has_own_head, gptq=model.gptq
+    )
+
+
+def _max_pixels(model: _Model, *, on_cpu: bool) -> int | None:
+    """The limit on a picture that loading would set: the processor files', lower on a CPU; None for the published one.
+
+    Read here and not by `vision.read_settings`, which brings in torch.
+    """
+    if model.spec.vision is None:
+        return None
+    limits = [CPU_MAX_PIXELS] if on_cpu else []
+    if model.folder is not None:
+        path, combined = model.folder / "preprocessor_config.json", model.folder / "processor_config.json"
+        image = read_json(combined).get("image_processor") if combined.is_file() else None
+        image = image or (read_json(path) if path.is_file() else {})
+        size = image.get("size") if isinstance(image, dict) else None
+        # What is malformed, loading refuses.
+        sections = [section for section in (image, size) if isinstance(section, dict)]
+        said = [section.get(key) for section in sections for key in ("max_pixels", "longest_edge")]
+        limits += [value for value in said if type(value) is int and value > 0]
+    return min(limits, default=None)
 
 
 def _has_own_head(index: CheckpointIndex, spec: ModelSpec) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -33,7 +32,7 @@ class QuantPreset:
     """What is quantised, and how; None leaves the model's dtype.
 
     Attributes:
-        name: what reports call it.
+        name: what reports call it; of `PRESETS` only if it is the same.
         experts: the routed experts, text's and pictures'.
         linear: attention, dense MLPs and shared experts.
         embedding: the embedding and the output head, "int8" or None.
@@ -45,6 +44,10 @@ class QuantPreset:
     embedding: Literal["int8"] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise InvalidRequestError(
+                f"QuantPreset: name={self.name!r} is not a name", hint='say what reports should call it, e.g. "mine"'
+            )
         for field, known in (
             ("experts", ("int8", "int4", "nf4", "bnb-int8")),
             ("linear", ("int8", "int4", "nf4", "bnb-int8")),
@@ -84,20 +87,20 @@ def find_preset(quantization: str | QuantPreset) -> QuantPreset | None:
     """The preset of this name, or the one given; None for "auto", which depends on what fits.
 
     Raises:
-        InvalidRequestError: no such name.
+        InvalidRequestError: no such name, or a preset that is given the name of another.
     """
     if isinstance(quantization, QuantPreset):
+        if PRESETS.get(quantization.name, quantization) != quantization:
+            raise InvalidRequestError(
+                f"{quantization} has the name of another preset", hint="give a preset of your own another name"
+            )
         return quantization
     if quantization == "auto":
         return None
     preset = PRESETS.get(quantization) if isinstance(quantization, str) else None
     if preset is None:
-        names = ["auto", *PRESETS]
-        close = difflib.get_close_matches(str(quantization), names, n=1)
-        raise InvalidRequestError(
-            f"quantization={quantization!r} is unknown",
-            hint=f"did you mean {close[0]!r}?" if close else f"use {', '.join(map(repr, names))}, or a QuantPreset",
-        )
+        names = ", ".join(map(repr, ("auto", *PRESETS)))
+        raise InvalidRequestError(f"quantization={quantization!r} is unknown", hint=f"use {names}, or a QuantPreset")
     return preset
 
 

@@ -3,6 +3,7 @@ does not depend on the form in which this processor keeps the weights."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -15,18 +16,21 @@ from ernie45.checkpoint.origin import Origin
 from ernie45.checkpoint.packing import PackPlan, plan_packing, write_packed
 from ernie45.checkpoint.passing_thread import on_passing_thread
 from ernie45.checkpoint.progress import byte_progress
-from ernie45.checkpoint.write import DEFAULT_SHARD_BYTES
+from ernie45.checkpoint.write import DEFAULT_SHARD_BYTES, named_folder
 from ernie45.errors import UnsupportedError
 from ernie45.presets import QuantPreset
 from ernie45.types.placement import Placement
 
 
-def save_loaded(origin: Origin | None, folder: Path, *, progress: bool) -> None:
+def save_loaded(origin: Origin | None, folder: str | os.PathLike[str], *, progress: bool) -> None:
     """Write the model that was loaded from `origin`, None for a scripted one. See `ErnieModel.save_pretrained`."""
     if origin is None:
         raise UnsupportedError("a scripted model has no weights to save", hint="save one that was loaded")
+    destination = named_folder(folder)
     origin.check_unchanged()
-    save_checkpoint(origin.folder, folder, origin.preset, adapter=origin.adapter, progress=progress)
+    save_checkpoint(
+        origin.folder, destination, origin.preset, adapter=origin.adapter, dtype=origin.dtype, progress=progress
+    )
 
 
 def save_checkpoint(
@@ -35,11 +39,15 @@ def save_checkpoint(
     preset: QuantPreset,
     *,
     adapter: Adapter | None = None,
+    dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: bool,
 ) -> PackPlan:
     """Write the checkpoint in `source` with a preset, and an adapter merged, to a new or empty folder. Returns what was
     written.
+
+    `dtype` is what a model computes in: matrices are rounded to it before they are quantised, and adapted tensors are
+    stored in it. None is the checkpoint's.
 
     Raises:
         InvalidRequestError: the folder is not empty, or lies in the source.
@@ -51,7 +59,7 @@ def save_checkpoint(
     checkpoint = open_checkpoint(source, config, architecture.parse_spec(config))
     spec = checkpoint.spec
     options = BuildOptions(
-        dtype=getattr(torch, spec.dtype or checkpoint.index.main_dtype),
+        dtype=dtype or getattr(torch, spec.dtype or checkpoint.index.main_dtype),
         placement=Placement.on("meta", spec.num_layers),
         preset=preset,
         context_tokens=1,
@@ -62,6 +70,7 @@ def save_checkpoint(
             config,
             preset,
             build=lambda tensors: architecture.build(spec, tensors, options),
+            dtype=options.dtype,
             adapter=adapter,
             max_shard_bytes=max_shard_bytes,
         ),

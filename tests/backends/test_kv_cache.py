@@ -11,7 +11,7 @@ from torch import Tensor
 from ernie45 import ErnieModel
 from ernie45.backends.kv_cache import DenseStore, Int8Store, KVCache
 from ernie45.kernels.linear import packs
-from ernie45.memory.budget import KVDtype, kv_bytes
+from ernie45.memory.budget import KVDtype, kv_bytes_per_token
 from ernie45.spec import ModelSpec
 from ernie45.testing import task_names, tasks
 from ernie45.types.placement import Placement
@@ -120,7 +120,7 @@ def test_it_takes_the_bytes_that_the_plan_counts(kv_dtype: KVDtype, dtype: torch
             assert isinstance(store, DenseStore)
             held.append(store.x)
     taken = sum(tensor.numel() * tensor.element_size() for tensor in held)
-    planned = kv_bytes(shape, context_tokens=64, max_batch=3, bytes_per_value=dtype.itemsize, kv_dtype=kv_dtype)
+    planned = 64 * 3 * kv_bytes_per_token(shape, bytes_per_value=dtype.itemsize, kv_dtype=kv_dtype)
     assert taken == planned
     if kv_dtype == "int8":
         assert planned == 3 * 2 * 2 * (64 + 2) * 64 * 3

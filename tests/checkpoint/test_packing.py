@@ -157,6 +157,10 @@ def test_gptq_keeps_its_values(
     stored, prefix = tensors_of(folder), "model.layers.0.self_attn."
     found = {name.removeprefix(prefix) for name in stored if name.startswith(prefix) and ".o_proj." not in name}
     assert found == names
+    for preset in ("int8", "int4", QuantPreset(name="gptq", embedding="int8")):
+        with pytest.raises(UnsupportedError, match="cannot be had of weights that are stored as 'gptq'"):
+            pack(tmp_path / "gptq", tmp_path / "other", preset)
+    assert not (tmp_path / "other").exists()
     config = read_config(folder)
     reader = open_source(open_checkpoint(folder, config, parse_spec(config)))
     assert isinstance(reader, PackedSource)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from ernie45.checkpoint.headers import read_headers
 from ernie45.checkpoint.layouts import PtLayout
 from ernie45.checkpoint.read import TensorReader
 from ernie45.checkpoint.resolve import resolve
-from ernie45.errors import InvalidRequestError, ModelNotFoundError
+from ernie45.errors import CheckpointError, InvalidRequestError, ModelNotFoundError
 
 pytestmark = pytest.mark.usefixtures("no_network")
 
@@ -49,6 +50,23 @@ def test_a_file_is_not_a_folder(folder: Path) -> None:
     with pytest.raises(ModelNotFoundError, match="is a file") as caught:
         resolve(folder / "model.safetensors")
     assert str(folder) in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["~nouser/x", "/" + "n" * 5000, "n" * 5000, "./a\0b"])
+def test_a_name_that_no_folder_can_have(folder: Path, name: str) -> None:
+    with pytest.raises(ModelNotFoundError, match="there is no folder") as caught:
+        resolve(name)
+    assert caught.value.hint
+    assert len(caught.value.message) < 300
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read(folder: Path) -> None:
+    folder.chmod(0)
+    with pytest.raises(CheckpointError, match=r"cannot read .*model: Permission denied") as caught:
+        resolve(folder)
+    folder.chmod(0o700)
+    assert "permissions" in caught.value.hint
 
 
 def test_a_local_folder_is_resolved_and_read_without_network_or_huggingface_hub(folder: Path) -> None:

@@ -195,3 +195,33 @@ def test_help_does_not_wait_for_torch() -> None:
 def test_layers_from_the_command_line(small_folder_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quality", "--layers", str(small_folder_path), "--max-layers", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layers"] == [0]
+
+
+def test_the_command_measures_a_model_or_layers(small_folder_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(small_folder_path)
+    for option, arguments in (
+        ("MODEL", ["ernie45/tiny-dense"]),
+        ("--presets", ["--presets", "int8"]),
+        ("--kv-dtype", ["--kv-dtype", "auto"]),
+        ("--items", ["--items", "0"]),
+        ("--text", ["--text", "text.txt"]),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(["quality", *arguments, "--layers", folder])
+        assert caught.value.code == 2
+        assert f"argument --layers: not allowed with argument {option}\n" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        main(["quality", folder, "--max-layers", "2"])
+    assert caught.value.code == 2
+    assert "argument --max-layers: needs argument --layers\n" in capsys.readouterr().err
+    assert main(["quality", "--layers", folder, "--max-layers", "0"]) == 2
+    assert "max_layers is 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--presets", "--kv-dtype"])
+@pytest.mark.parametrize("names", ["int8,", ",int8", "auto,,int8", ""])
+def test_a_missing_name_is_told_with_its_option(names: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["quality", option, names])
+    assert caught.value.code == 2
+    assert f"argument {option}: a name is missing in {names!r}\n" in capsys.readouterr().err

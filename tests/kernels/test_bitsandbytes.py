@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from ernie45.kernels import bitsandbytes
 from ernie45.kernels.bitsandbytes import BnbInt8Linear, Nf4Linear, check_bitsandbytes
 from ernie45.kernels.linear import packs
 from ernie45.presets import NF4_BLOCK, code_bytes, scale_bytes
+
+REPO_ROOT = Path(__file__).parents[2]
 
 # Out, in: in tiles of the fused product; whole blocks of scales only; neither; an odd number of values; one row.
 SHAPES = [(96, 192), (50, 64), (70, 130), (33, 35), (1, 100)]
@@ -77,7 +80,7 @@ def test_int8_multiplies_rounded_rows(
     weight, x = random(*shape, dtype=dtype), random(num_rows, shape[1], dtype=dtype, seed=2)
     bias = random(shape[0], dtype=dtype, seed=3) if with_bias else None
     y = BnbInt8Linear(weight, bias)(x)
-    expected = round_int8(x) @ round_int8(weight.half()).T + (0 if bias is None else bias.double())
+    expected = round_int8(x) @ round_int8(weight).T + (0 if bias is None else bias.double())
     assert y.dtype == dtype
     assert y.shape == expected.shape
     assert relative_error(y, expected) < (1e-4 if dtype == torch.float32 else 4e-3)
@@ -229,3 +232,43 @@ assert "bitsandbytes" in sys.modules and "kernels" not in sys.modules
         check=False,
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_threads_may_import_the_package_at_once(tmp_path: Path) -> None:
+    (tmp_path / "bitsandbytes.py").write_text("import time; time.sleep(0.5)")
+    script = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from ernie45.kernels.bitsandbytes import _bitsandbytes
+kernels = sys.modules["kernels"] = object()
+with ThreadPoolExecutor(4) as pool:
+    tasks = [pool.submit(_bitsandbytes) for _ in range(4)]
+assert {task.result() for task in tasks} == {sys.modules["bitsandbytes"]}
+assert sys.modules["kernels"] is kernels
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{script}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_the_version_to_install_is_the_one_that_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    bitsandbytes._bitsandbytes.cache_clear()
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    (required,) = re.findall(r'"bitsandbytes>=.+"', (REPO_ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    with pytest.raises(UnsupportedError) as caught:
+        check_bitsandbytes(torch.device("cpu"))
+    assert f"pip install {required}," in caught.value.hint
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_beyond_the_range_of_float16(kind: Kind) -> None:
+    weight, x = random(16, 64), random(3, 64, seed=2)
+    weight[3] *= 1e6
+    weight[4] *= 1e-9
+    y, expected = kind(weight)(x), x.double() @ weight.double().T
+    for row in (3, 4, 5):
+        assert relative_error(y[:, row], expected[:, row]) < (0.15 if kind is Nf4Linear else 0.02)

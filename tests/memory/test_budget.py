@@ -9,7 +9,6 @@ from ernie45.memory.budget import (
     Limits,
     check_budget,
     check_kv_dtype,
-    kv_bytes,
     kv_bytes_per_token,
     parse_bytes,
     parse_limits,
@@ -69,10 +68,16 @@ def test_what_is_no_memory_size(text: Any) -> None:
     assert "GiB" in caught.value.hint
 
 
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 30 + "TiB"])
+def test_a_size_that_no_machine_has(text: str) -> None:
+    with pytest.raises(InvalidRequestError, match="is not a memory size") as caught:
+        parse_limits(text)
+    assert len(caught.value.message) < 200
+
+
 def test_kv_cache_of_the_published_model() -> None:
-    assert kv_bytes(spec_of(), context_tokens=1, max_batch=1, bytes_per_value=2) == 18_432
-    assert kv_bytes(spec_of(), context_tokens=131072, max_batch=1, bytes_per_value=2) == 9 * GIB // 4
-    assert kv_bytes(spec_of(), context_tokens=10, max_batch=3, bytes_per_value=4) == 18_432 * 2 * 30
+    assert kv_bytes_per_token(spec_of(), bytes_per_value=2, kv_dtype="auto") == 18_432
+    assert kv_bytes_per_token(spec_of(), bytes_per_value=4, kv_dtype="auto") == 18_432 * 2
 
 
 def test_an_int8_kv_cache_has_a_byte_for_a_number_and_two_for_a_scale() -> None:

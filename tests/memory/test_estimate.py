@@ -12,7 +12,7 @@ from ernie45.backends.base import BuildOptions
 from ernie45.backends.text import build_text
 from ernie45.backends.vision_language import build_vision_language
 from ernie45.catalogue import find
-from ernie45.memory.estimate import estimate_sites, estimate_weights
+from ernie45.memory.estimate import estimate_sites
 from ernie45.presets import PRESETS, QuantPreset, WeightPart
 from ernie45.spec import ModelSpec, parse_spec
 from ernie45.types.placement import Placement
@@ -50,8 +50,8 @@ def built(spec: ModelSpec, preset: QuantPreset, dtype: torch.dtype, has_own_head
 
 
 def check_against_build(spec: ModelSpec, preset: QuantPreset, dtype: torch.dtype, has_own_head: bool) -> None:
-    estimated = estimate_weights(spec, preset, bytes_per_value=dtype.itemsize, has_own_head=has_own_head)
-    assert Counter(estimated) == Counter(built(spec, preset, dtype, has_own_head))
+    estimated = estimate_sites(spec, preset, bytes_per_value=dtype.itemsize, has_own_head=has_own_head).total()
+    assert estimated == Counter(built(spec, preset, dtype, has_own_head))
 
 
 def random_spec(seed: int) -> ModelSpec:
@@ -107,13 +107,14 @@ def test_it_is_for_odd_shapes_too(preset: QuantPreset) -> None:
 )  # fmt: skip
 def test_published_totals(name: str, num_params: int) -> None:
     spec = spec_of(name)
-    parts = estimate_weights(spec, PRESETS["none"], bytes_per_value=2, has_own_head=not spec.tied)
+    parts = estimate_sites(spec, PRESETS["none"], bytes_per_value=2, has_own_head=not spec.tied).total()
     assert sum(parts.values()) == 2 * num_params + parts.get("router", 0) // 2  # the router is kept in float32
 
 
 def test_int4_of_the_300b_by_hand() -> None:
     """54 layers, 51 of them with 64 experts of 3 · 8192 · 3584 weights: half a byte, a byte for 32, 4 for a row."""
-    parts = estimate_weights(spec_of("ERNIE-4.5-300B-A47B-PT"), PRESETS["int4"], bytes_per_value=2, has_own_head=True)
+    spec = spec_of("ERNIE-4.5-300B-A47B-PT")
+    parts = estimate_sites(spec, PRESETS["int4"], bytes_per_value=2, has_own_head=True).total()
     num_experts, weights, rows = 51 * 64, 3 * 8192 * 3584, 2 * 3584 + 8192
     assert parts["routed_experts"] == num_experts * weights // 2
     assert parts["scales"] > num_experts * (weights // 32 + 4 * rows)

@@ -3,11 +3,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from ernie45.memory.machine import free_disk_bytes, has_cuda_driver, host_bytes
+from ernie45.memory.machine import HostMemory, has_cuda_driver, host_bytes
 
 MIB = 2**20
 V1_NO_LIMIT = 2**63 - 4096
@@ -194,18 +195,11 @@ def test_a_malformed_proc_sets_no_limit(tmp_path: Path, text: str) -> None:
     check_machine_only(tmp_path)
 
 
-def test_free_disk_is_that_of_the_nearest_parent_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = psutil.disk_usage(str(tmp_path)).free
-    assert free_disk_bytes(tmp_path) == pytest.approx(free, rel=0.1)
-    assert free_disk_bytes(tmp_path / "not" / "yet") == pytest.approx(free, rel=0.1)
-    monkeypatch.chdir(tmp_path)
-    assert free_disk_bytes(Path("not/yet")) == pytest.approx(free, rel=0.1)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/dev/shm is a disk of its own on Linux")
-def test_free_disk_is_that_of_the_folder_s_own_disk() -> None:
-    shared_memory = psutil.disk_usage("/dev/shm").free
-    assert free_disk_bytes(Path("/dev/shm/not/yet")) == pytest.approx(shared_memory, rel=0.1)
+def test_the_most_that_could_be_had_is_what_the_machine_or_the_cgroup_has() -> None:
+    free: dict[str, Any] = {"available_bytes": 5, "limited_by": "machine"}
+    assert HostMemory(total_bytes=100, limit_bytes=None, **free).most_bytes == 100
+    assert HostMemory(total_bytes=100, limit_bytes=30, **free).most_bytes == 30
+    assert HostMemory(total_bytes=100, limit_bytes=200, **free).most_bytes == 100
 
 
 @pytest.mark.parametrize("sign", ["proc/driver/nvidia/version", "dev/nvidiactl", "usr/lib/wsl/lib/libcuda.so.1"])

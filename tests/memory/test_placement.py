@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from ernie45.catalogue import find
 from ernie45.memory.estimate import WeightSites, estimate_sites
-from ernie45.memory.placement import DeviceMemory, Running, excess_bytes, place, read_bytes
+from ernie45.memory.placement import DeviceMemory, Running, excess_bytes, place, read_bytes, within_host
 from ernie45.presets import PRESETS
 from ernie45.types.placement import Placement
 
@@ -132,3 +132,9 @@ def test_the_first_device_is_never_overfilled() -> None:
     for size in range(0, 3_000_000, 9_973):
         on = devices(cpu0=size, cpu1=10 * GB)
         assert excess_bytes(place(sites, on, BARE), sites, on, BARE) == 0
+
+
+def test_no_more_main_memory_than_there_is() -> None:
+    asked = devices(cuda0=24 * GB, cpu0=20 * GB, cpu1=20 * GB)
+    assert within_host(asked, 50 * GB) == tuple(asked)
+    assert [one.capacity_bytes for one in within_host(asked, 30 * GB)] == [24 * GB, 20 * GB, 10 * GB]

@@ -7,7 +7,7 @@ import pytest
 
 from ernie45.catalogue import find
 from ernie45.errors import InvalidRequestError
-from ernie45.memory.budget import kv_bytes
+from ernie45.memory.budget import kv_bytes_per_token
 from ernie45.memory.placement import DeviceMemory
 from ernie45.memory.plan import PART_NAMES, MemoryPlan
 from ernie45.memory.planner import make_plan, with_speed
@@ -50,7 +50,7 @@ def smallest(**fields: Any) -> int:
 def test_with_room_for_all_the_defaults_are_taken() -> None:
     made = plan()
     assert (made.verdict, made.context_tokens, made.max_batch, made.remedies) == ("fits", 8192, 32, ())
-    assert made.kv_bytes == kv_bytes(request().spec, context_tokens=8192, max_batch=32, bytes_per_value=2)
+    assert made.kv_bytes == 8192 * 32 * kv_bytes_per_token(request().spec, bytes_per_value=2, kv_dtype="auto")
     assert made.weight_bytes == made.disk_bytes == 2 * 360_748_032
     assert tuple(made.parts) == PART_NAMES
     assert made.parts["runtime"] == RUNTIME_BYTES
@@ -115,6 +115,15 @@ def test_a_model_larger_than_memory_streams_its_experts() -> None:
     for disk, verdict in ((made.disk_bytes, "streams"), (made.disk_bytes - 1, "does not fit")):
         named = plan("ERNIE-4.5-300B-A47B-PT", "int4", free_disk_bytes=disk)
         assert (named.verdict, named.free_disk_bytes) == (verdict, disk)
+
+
+def test_on_disk_what_is_not_quantised_keeps_the_dtype_of_the_files() -> None:
+    kept = plan("ERNIE-4.5-21B-A3B-PT", "int4", dtype="bfloat16")
+    wide = plan("ERNIE-4.5-21B-A3B-PT", "int4", dtype="float32", stored_dtype="bfloat16")
+    assert wide.weight_bytes > kept.weight_bytes
+    assert wide.disk_bytes == kept.disk_bytes == kept.weight_bytes
+    exact: Any = {"embedding": 5 * GIB}
+    assert plan(dtype="float32", stored_dtype="bfloat16", weights=exact).disk_bytes == 5 * GIB - 2 * 360_748_032
 
 
 def test_what_does_not_stream() -> None:

@@ -5,8 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 from ernie45.catalogue import find
+from ernie45.memory.budget import Limits
+from ernie45.memory.machine import HostMemory
 from ernie45.memory.placement import DeviceMemory
 from ernie45.memory.planner import make_plan
+from ernie45.memory.remedies import refusal
 from ernie45.memory.sizing import PlanRequest
 from ernie45.presets import PRESETS
 
@@ -58,7 +61,7 @@ def test_a_smaller_preset_comes_first_the_best_that_fits() -> None:
     asked = request("ERNIE-4.5-21B-A3B-PT", "none")
     preset, memory = remedies(asked)
     assert preset == "It fits with quantization='int8': the weights then take 20.38 GiB."
-    check_memory(asked, memory)
+    check_memory(replace(asked, context_tokens=make_plan(asked).context_tokens), memory)
     on_gpu = remedies(request("ERNIE-4.5-21B-A3B-PT", "none", {"cuda:0": 16 * GB}))
     assert on_gpu[0].startswith("It fits with quantization='nf4'")
 
@@ -88,8 +91,10 @@ def test_a_300b_in_bf16_says_what_would_do() -> None:
 
 def test_what_streams_is_told_what_loads() -> None:
     asked = request("ERNIE-4.5-300B-A47B-PT", "int4")
-    (memory,) = remedies(asked)
-    check_memory(asked, memory)
+    made = make_plan(asked)
+    (memory,) = made.remedies
+    assert (made.verdict, made.context_tokens) == ("streams", 8192)
+    check_memory(replace(asked, context_tokens=8192), memory)
 
 
 def test_more_disk_alone() -> None:
@@ -109,3 +114,40 @@ def test_weights_that_are_stored_quantised_have_no_other_preset() -> None:
     asked = request("ERNIE-4.5-21B-A3B-PT", "int8", {"cpu": 16 * GIB})
     assert "quantization='int4'" in remedies(asked)[0]
     assert not any("quantization" in remedy for remedy in remedies(replace(asked, is_stored_quantised=True)))
+
+
+HOST = HostMemory(total_bytes=64 * GIB, available_bytes=GIB, limited_by="machine", limit_bytes=None)
+
+
+def check_sum(message: str) -> None:
+    """The GiB that a refusal says are needed are the sum of what it says they are for."""
+    total, *parts = (
+        float(size) * (1 if unit == "G" else 2**-10)
+        for size, unit in re.findall(r"([\d.]+) (G|M)iB", message.partition("), and")[0])
+    )
+    assert abs(total - sum(parts)) < 0.02
+
+
+def test_a_refusal_names_what_makes_the_sum() -> None:
+    limits = Limits(devices={"cpu": 24 * GIB})
+    loading = refusal(make_plan(request("ERNIE-4.5-300B-A47B-PT", "none")), limits, HOST).message
+    assert "buffers while loading" in loading
+    assert "KV cache" not in loading
+    check_sum(loading)
+    long = request("ERNIE-4.5-0.3B-PT", "none", {"cpu": GIB}, context_tokens=131072)
+    running = refusal(make_plan(long), Limits(devices={"cpu": GIB}), HOST).message
+    assert "KV cache for 1 x 131072 tokens" in running
+    check_sum(running)
+
+
+def test_a_refusal_says_who_set_the_limit() -> None:
+    plan = make_plan(request("ERNIE-4.5-300B-A47B-PT", "none"))
+    cgroup = replace(HOST, limited_by="cgroup", limit_bytes=24 * GIB)
+    for named, host, text in (
+        ({"cpu": 24 * GIB}, cgroup, "there are 24.00 GiB"),
+        ({"cpu": 90 * GIB}, HOST, "there are 24.00 GiB in this machine"),
+        ({"cpu": 90 * GIB}, cgroup, "there are 24.00 GiB within the limit of this process's memory cgroup"),
+        ({}, HOST, "there are 24.00 GiB in this machine"),
+        ({}, cgroup, "there are 24.00 GiB within the limit of this process's memory cgroup"),
+    ):
+        assert refusal(plan, Limits(devices=named), host).message.endswith(text)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -48,7 +50,7 @@ def test_a_quantised_product_needs_more() -> None:
 def test_a_prompt_beyond_a_chunk_costs_no_more_than_the_chunk_and_its_angles() -> None:
     chunk = workspace(context_tokens=PREFILL_CHUNK_TOKENS)
     # The last part of the prompt is of another length: products of five shapes are compiled for it, and for a chunk.
-    assert workspace(context_tokens=2048) - chunk == 4 * (2048 - PREFILL_CHUNK_TOKENS) * 16 + 2 * 5 * 600 * 2**10
+    assert workspace(context_tokens=2048) - chunk == 4 * (2048 - PREFILL_CHUNK_TOKENS) * 16 + 2 * 5 * 100 * 2**10
 
 
 def test_an_int8_cache_is_read_into_the_models_dtype() -> None:
@@ -68,8 +70,9 @@ def test_loading_holds_the_widest_matrix_and_a_block_of_a_file() -> None:
     assert loading_bytes(SPEC, PRESETS["none"], bytes_per_value=2) == 1024 * 64 * 2 + 16 * 2**20
 
 
-WIDE = {**CONFIG, "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "head_dim": 128,
-        "vocab_size": 32_000}  # fmt: skip
+WIDE = {**CONFIG, "hidden_size": 512, "intermediate_size": 3072, "num_attention_heads": 16, "head_dim": 128,
+        "vocab_size": 103_424}  # fmt: skip
+SHORT_BYTES, OVER_BYTES = 8 * 2**20, 24 * 2**20  # by which a plan may be too low, and too high
 
 SCRIPT = """
 import sys
@@ -90,17 +93,29 @@ print(status_bytes("VmHWM") - before, model.plan.peak_bytes)
 """
 
 
+@pytest.fixture(scope="module")
+def wide_folder(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Two layers, with the tokenizer of the published models, which is a third of what the runtime takes."""
+    folder = tmp_path_factory.mktemp("wide")
+    for path in (shared_data / "ERNIE-4.5-0.3B-PT").glob("*token*"):
+        shutil.copy(path, folder)
+    (folder / "config.json").write_text(json.dumps(WIDE))
+    save_file(_tensors(), folder / "model.safetensors", metadata={"format": "pt"})
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("preset", ["none", "int8"])
-def test_the_planned_peak_is_the_measured_one(preset: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(WIDE))
-    save_file(_tensors(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+@pytest.mark.parametrize("preset", ["none", "int8", "int4"])
+def test_the_planned_peak_is_the_measured_one(preset: str, wide_folder: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), preset], capture_output=True, text=True, check=True
+        [sys.executable, "-c", SCRIPT, str(wide_folder), preset], capture_output=True, text=True, check=True
     )
     measured, planned = map(int, done.stdout.split())
-    # There is no tokenizer in this folder, and libraries differ from one machine to another.
-    assert abs(planned - measured) < 0.05 * measured + RUNTIME_BYTES
+    # Narrower than the runtime, so that a plan without it fails; runs and libraries differ by some MiB.
+    assert SHORT_BYTES + OVER_BYTES < RUNTIME_BYTES
+    assert -SHORT_BYTES < planned - measured < OVER_BYTES, (planned, measured)
 
 
 def _tensors() -> dict[str, torch.Tensor]:

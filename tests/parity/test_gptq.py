@@ -41,4 +41,9 @@ def test_logits_are_those_of_the_weights(case: str, tmp_path: Path) -> None:
     with load(tmp_path / "gptq") as model:
         torch.testing.assert_close(model.logits(ids), expected, atol=1e-3, rtol=0)
         assert model.load_report.weight_bytes < 0.5 * float_bytes
+        logits = model.logits(ids)
+        model.save_pretrained(tmp_path / "saved", progress=False)
+    with load(tmp_path / "saved") as model:
+        assert torch.equal(model.logits(ids), logits)
+        assert model.plan.preset == "gptq"
     assert (unquantised - expected).abs().max() > 0.02

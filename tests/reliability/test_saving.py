@@ -12,9 +12,12 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
+from ernie45 import ErnieModel
 from ernie45.checkpoint import write
 from ernie45.checkpoint.open import open_checkpoint, read_config
 from ernie45.checkpoint.origin import Origin
@@ -126,9 +129,9 @@ def test_an_interrupt_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: 
     whole = os.pwrite
     monkeypatch.setattr(os, "pwrite", pwrite)
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(source, tmp_path / "out", INT4, progress=False)
+        save_checkpoint(source, tmp_path / "new" / "inner" / "out", INT4, progress=False)
     assert len(written) == 5
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "new").exists()
     assert content(source) == before
 
 
@@ -145,6 +148,59 @@ def test_a_folder_with_files_is_left_alone(source: Path, tmp_path: Path) -> None
         save_checkpoint(source, tmp_path / "full" / "notes.txt", INT4, progress=False)
 
 
+@pytest.mark.parametrize("folder", [None, 5, b"out", "", " ", "~nouser/out", "a\0b"])
+def test_a_name_of_no_folder_is_refused(small_model: ErnieModel, folder: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=r"names no folder|home folder of a user") as caught:
+        small_model.save_pretrained(folder)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("parent", [".", "new"])
+def test_a_name_that_is_too_long_is_an_error_of_ours(small_model: ErnieModel, tmp_path: Path, parent: str) -> None:
+    with pytest.raises(CheckpointError, match="File name too long") as caught:
+        small_model.save_pretrained(tmp_path / parent / ("x" * 300))
+    assert "check its name and rights" in caught.value.hint
+    assert not (tmp_path / "new").exists()
+
+
+WITHOUT_RIGHTS = """
+import os, sys
+from pathlib import Path
+from ernie45.errors import CheckpointError
+from ernie45.presets import PRESETS
+from ernie45.saving import save_checkpoint
+source, closed = map(Path, sys.argv[1:])
+closed.chmod(0)
+if os.geteuid() == 0:
+    import ctypes
+    # Root passes over rights by two capabilities, which this process gives up: CAP_DAC_OVERRIDE and _READ_SEARCH.
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc = ctypes.CDLL(None)
+    assert libc.capget(header, sets) == 0
+    sets[0] &= ~0b110
+    assert libc.capset(header, sets) == 0
+for folder in (closed, closed / "out"):
+    try:
+        save_checkpoint(source, folder, PRESETS["int4"], progress=False)
+    except CheckpointError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="gives up capabilities of Linux")
+def test_a_folder_without_rights_is_an_error_of_ours(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir()
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_RIGHTS, str(source), str(tmp_path / "closed")],
+        capture_output=True, text=True, check=False, timeout=100,
+    )  # fmt: skip
+    (tmp_path / "closed").chmod(0o700)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("closed could not be written: [Errno 13]") == 1, run.stdout
+    assert run.stdout.count("out could not be written: [Errno 13]") == 1, run.stdout
+    assert run.stdout.count("check its name and rights") == 2
+
+
 def test_a_scripted_model_has_nothing_to_save(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="has no weights to save"):
         save_loaded(None, tmp_path / "out", progress=False)
@@ -152,7 +208,7 @@ def test_a_scripted_model_has_nothing_to_save(tmp_path: Path) -> None:
 
 def origin_of(folder: Path) -> Origin:
     config = read_config(folder)
-    return Origin.of(open_checkpoint(folder, config, parse_spec(config)), INT4, None)
+    return Origin.of(open_checkpoint(folder, config, parse_spec(config)), INT4, None, torch.bfloat16)
 
 
 def test_a_source_that_is_gone_or_changed_is_not_saved(source: Path, tmp_path: Path) -> None:

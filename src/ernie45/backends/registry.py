@@ -28,14 +28,16 @@ class BuildBackend(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """How one `model_type` is read and run."""
+    """How one `model_type` is read and run. `follows_options` says whether `build` quantises as its preset says, and
+    puts parts on several devices."""
 
     parse_spec: Callable[[Mapping[str, Any]], ModelSpec]
     build: BuildBackend
+    follows_options: bool
 
 
-_TEXT = Architecture(parse_spec=parse_spec, build=build_text)
-_VISION = Architecture(parse_spec=parse_spec, build=build_vision_language)
+_TEXT = Architecture(parse_spec=parse_spec, build=build_text, follows_options=True)
+_VISION = Architecture(parse_spec=parse_spec, build=build_vision_language, follows_options=True)
 _OURS: Mapping[str, Architecture] = MappingProxyType(
     {"ernie4_5": _TEXT, "ernie4_5_moe": _TEXT, "ernie4_5_moe_vl": _VISION, "ernie4_5_vl_moe": _VISION}
 )
@@ -45,7 +47,8 @@ _registered: dict[str, Architecture] = {}
 def register(model_type: str, *, parse_spec: Callable[[Mapping[str, Any]], ModelSpec], build: BuildBackend) -> None:
     """Have checkpoints whose config.json says `model_type` read and run by other code, before ernie45's own.
 
-    `parse_spec` turns the config into a ModelSpec, `build` makes the backend (see `BuildBackend`).
+    `parse_spec` turns the config into a ModelSpec, `build` makes the backend (see `BuildBackend`). It is asked for
+    everything on one device, with the preset "none".
 
     Raises:
         InvalidRequestError: the model type is registered already.
@@ -55,7 +58,7 @@ def register(model_type: str, *, parse_spec: Callable[[Mapping[str, Any]], Model
             f"model_type {model_type!r} is registered already",
             hint="register each model_type once, at import",
         )
-    _registered[model_type] = Architecture(parse_spec=parse_spec, build=build)
+    _registered[model_type] = Architecture(parse_spec=parse_spec, build=build, follows_options=False)
 
 
 def find_architecture(config: Mapping[str, Any]) -> Architecture:

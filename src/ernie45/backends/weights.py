@@ -100,14 +100,13 @@ class WeightBuilder:
         spec = self.spec
         shape = (spec.vocab_size, spec.hidden_size)
         tied = f"{_HEAD}.weight" not in self.source and spec.tied is not False
-        packed = self.packed({_EMBEDDING: spec.vocab_size}, spec.hidden_size, part="embedding")
+        packed = self.packed(_EMBEDDING, "embedding")
         table: Tensor | PackedInt8
         embedding: Embedding
         if packed is not None:
-            assert isinstance(packed[0], PackedInt8)
-            table = packed[0]
-            embedding = PackedEmbedding(table, self.dtype)
-            self._count("embedding", build_packed_linear(table, None, self.dtype))
+            table = packed
+            embedding = PackedEmbedding(packed, self.dtype)
+            self._count("embedding", build_packed_linear(packed, None, self.dtype))
         else:
             table = self.tensor(shape, f"{_EMBEDDING}.weight", part="embedding")
             embedding = DenseEmbedding(table)
@@ -130,10 +129,11 @@ class WeightBuilder:
     def head(self) -> Linear:
         """An output head of its own."""
         spec = self.spec
-        packed = self.packed({_HEAD: spec.vocab_size}, spec.hidden_size, part="head")
+        packed = self.packed(_HEAD, "head")
         bias = self.head_bias()
+        linear: Linear
         if packed is not None:
-            linear = build_packed_linear(packed[0], bias, self.dtype)
+            linear = build_packed_linear(packed, bias, self.dtype)
         else:
             linear = DenseLinear(
                 self.read((spec.vocab_size, spec.hidden_size), _weights({_HEAD: spec.vocab_size})), bias
@@ -246,11 +246,15 @@ class WeightBuilder:
     def _matrix(
         self, in_features: int, parts: Mapping[str, int], part: Part | Literal["vision"], bias: Tensor | None
     ) -> Linear:
-        packed = None if part == "vision" else self.packed(parts, in_features, part=part)
-        if packed is not None:
-            if len(packed) == 1:
-                return build_packed_linear(packed[0], bias, self.dtype)
-            return StackedLinear([build_packed_linear(piece, None, self.dtype) for piece in packed], bias)
+        if part != "vision":
+            stored = self.stored(parts, in_features)
+            if stored is not None and len(stored) == 1:
+                return build_packed_linear(stored[0], bias, self.dtype)
+            if stored is not None:
+                return StackedLinear([build_packed_linear(piece, None, self.dtype) for piece in stored], bias)
+            quantised = self.quantised(parts, in_features, part=part)
+            if quantised is not None:
+                return build_packed_linear(quantised, bias, self.dtype, in_place=True)
         scheme = None if part == "vision" else self.options.preset.scheme(part, in_features)
         if scheme == "nf4":
             return Nf4Linear(self.staged(in_features, parts).to(self.device), bias)
@@ -260,13 +264,22 @@ class WeightBuilder:
             return DenseLinear(self.staged(in_features, parts), bias)
         return DenseLinear(self.read((sum(parts.values()), in_features), _weights(parts)), bias)
 
-    def packed(self, parts: Mapping[str, int], in_features: int, *, part: Part) -> Sequence[Packed] | None:
-        """The matrix as the files hold it, if they hold it quantised, in as many pieces as cannot be joined; else
-        rounded to int8 or int4 if the preset says so; else None."""
-        if isinstance(self.source, PackedSource):
-            stored = self.source.read_packed(parts, in_features, self.device)
-            if stored is not None:
-                return stored
+    def packed(self, name: str, part: Literal["embedding", "head"]) -> PackedInt8 | None:
+        """A matrix of the vocabulary's height, if it is quantised in the files or by the preset."""
+        spec = self.spec
+        stored = self.stored({name: spec.vocab_size}, spec.hidden_size)
+        packed = stored[0] if stored else self.quantised({name: spec.vocab_size}, spec.hidden_size, part=part)
+        assert packed is None or isinstance(packed, PackedInt8)
+        return packed
+
+    def stored(self, parts: Mapping[str, int], in_features: int) -> Sequence[Packed] | None:
+        """The matrix as the files hold it, if they hold it quantised, in as many pieces as cannot be joined."""
+        if not isinstance(self.source, PackedSource):
+            return None
+        return self.source.read_packed(parts, in_features, self.device)
+
+    def quantised(self, parts: Mapping[str, int], in_features: int, *, part: Part) -> Packed | None:
+        """The matrix, rounded to int8 or int4 if the preset says so."""
         scheme = self.options.preset.scheme(part, in_features)
         if scheme not in ("int8", "int4"):
             return None
@@ -278,7 +291,7 @@ class WeightBuilder:
             self._quantize_blocks(packed, self.source, *_weights(parts))
         else:
             quantize_into(packed, self.staged(in_features, parts))
-        return [packed]
+        return packed
 
     def _quantize_blocks(self, packed: PackedInt8, source: BlockSource, name: str) -> None:
         first = 0

@@ -29,6 +29,7 @@ from ernie45.errors import CheckpointError, HubUnreachableError
 
 SMALL_FILES: Final = (
     "config.json",
+    "quantize_config.json",
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",

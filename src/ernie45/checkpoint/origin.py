@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ernie45.checkpoint.adapter import WEIGHTS_FILE, Adapter
+import torch
+
+from ernie45.checkpoint.adapter import WEIGHTS_FILE, Adapter, read_adapter
 from ernie45.checkpoint.open import Checkpoint
 from ernie45.errors import CheckpointError
 from ernie45.presets import QuantPreset
@@ -14,27 +16,31 @@ from ernie45.presets import QuantPreset
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origin:
-    """The checkpoint folder, the preset and the adapter that a model was loaded with.
+    """The checkpoint folder, the preset, the adapter and the dtype that a model was loaded with.
 
-    `files` are the weight files as they were then: size in bytes and time of the last change in nanoseconds.
+    Paths are absolute: the process may change its folder. `files` are the weight files as they were then: size in bytes
+    and time of the last change in nanoseconds.
     """
 
     folder: Path
     preset: QuantPreset
     adapter: Adapter | None
+    dtype: torch.dtype
     files: Mapping[Path, tuple[int, int]]
 
     @staticmethod
-    def of(checkpoint: Checkpoint, preset: QuantPreset, adapter: Adapter | None) -> Origin:
+    def of(checkpoint: Checkpoint, preset: QuantPreset, adapter: Adapter | None, dtype: torch.dtype) -> Origin:
         """To be noted before the first weight is read."""
         paths = {info.file for info in checkpoint.index.tensors.values()}
         if adapter is not None:
+            adapter = read_adapter(adapter.folder.absolute())
             paths.add(adapter.folder / WEIGHTS_FILE)
         return Origin(
-            folder=checkpoint.folder,
+            folder=checkpoint.folder.absolute(),
             preset=preset,
             adapter=adapter,
-            files={path: _state(path) for path in sorted(paths)},
+            dtype=dtype,
+            files={path.absolute(): _state(path) for path in sorted(paths)},
         )
 
     def check_unchanged(self) -> None:

@@ -78,12 +78,13 @@ class _Step:
 class PackPlan:
     """The files of a packed folder: `shards` with the weights, and `small_files` by name.
 
-    `steps` are how the weights are made, in the order of a build. `dropped` are stored tensors that the folder does
-    without.
+    `dtype` is what matrices are read in before they are quantised. `steps` are how the weights are made, in the order
+    of a build. `dropped` are stored tensors that the folder does without.
     """
 
     checkpoint: Checkpoint
     adapter: Adapter | None
+    dtype: torch.dtype
     steps: tuple[_Step, ...]
     shards: tuple[Shard, ...]
     small_files: Mapping[str, bytes]
@@ -110,12 +111,14 @@ def plan_packing(
     preset: QuantPreset,
     *,
     build: Build,
+    dtype: torch.dtype,
     adapter: Adapter | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> PackPlan:
     """Lay out what a checkpoint, whose config.json holds `config`, becomes. No weight is read.
 
-    What `preset` does not cover keeps the dtype it is stored in. The preset "none" gives a plain -PT folder.
+    `build` computes in `dtype`. What `preset` does not cover keeps the dtype it is stored in, which is exact; what an
+    adapter changes is stored in `dtype`, and config.json then names it. The preset "none" gives a plain -PT folder.
 
     Raises:
         CheckpointError: or one of its kinds: what loading would refuse.
@@ -125,6 +128,11 @@ def plan_packing(
         raise UnsupportedError(
             f"{checkpoint.folder} is packed as {checkpoint.preset.name!r}, and cannot be packed as {preset.name!r}",
             hint="save the unquantised checkpoint that it was made of",
+        )
+    if checkpoint.gptq is not None and {preset.experts, preset.linear, preset.embedding} != {None}:
+        raise UnsupportedError(
+            f"quantization={preset.name!r} cannot be had of weights that are stored as 'gptq'",
+            hint=f"load {checkpoint.folder} as it is, or save the unquantised checkpoint of this model",
         )
     entries = packed_entries(preset)
     source, survey = open_survey(checkpoint, adapter)
@@ -136,7 +144,10 @@ def plan_packing(
     steps = tuple(recorder.steps)
     shards = plan_shards([unit for step in steps for unit in step.units], max_shard_bytes)
     written = {key: value for key, value in config.items() if key not in _LEFT_OUT}
-    if checkpoint.spec.dtype is None:
+    if adapter is not None:
+        written["dtype"] = str(dtype).removeprefix("torch.")
+        written.pop("torch_dtype", None)
+    elif checkpoint.spec.dtype is None:
         written["dtype"] = checkpoint.index.main_dtype
     if any(step.matrix is not None for step in steps):
         written["quantization_config"] = entries
@@ -146,7 +157,13 @@ def plan_packing(
         small_files[INDEX_FILE] = weight_map
     small_files["config.json"] = (json.dumps(written, indent=2, ensure_ascii=False) + "\n").encode()
     return PackPlan(
-        checkpoint=checkpoint, adapter=adapter, steps=steps, shards=shards, small_files=small_files, dropped=dropped
+        checkpoint=checkpoint,
+        adapter=adapter,
+        dtype=dtype,
+        steps=steps,
+        shards=shards,
+        small_files=small_files,
+        dropped=dropped,
     )
 
 
@@ -154,19 +171,19 @@ def write_packed(plan: PackPlan, folder: Path, *, advance: Advance = lambda num_
     """Write a planned folder. In memory it holds the largest matrix; config.json comes last. `advance` is told the
     bytes of weights written.
 
-    An error or interrupt leaves nothing behind.
+    An error or interrupt leaves nothing behind, of the folders above it that were made either.
 
     Raises:
         InvalidRequestError: the folder is not empty, or lies in the source.
         CheckpointError: the disk has no room, or cannot be written.
     """
-    check_apart(plan.checkpoint.folder, folder)
-    was_there = folder.exists()
-    if was_there and (found := sorted(path.name for path in folder.iterdir())):
-        raise InvalidRequestError(f"{folder} is not empty: it holds {found[0]}", hint="name a new or empty folder")
     with disk_errors(folder, again="save again: what was written is removed"):
-        folder.mkdir(parents=True, exist_ok=True)
+        check_apart(plan.checkpoint.folder, folder)
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        if not made and (found := sorted(path.name for path in folder.iterdir())):
+            raise InvalidRequestError(f"{folder} is not empty: it holds {found[0]}", hint="name a new or empty folder")
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             check_room(folder, plan.num_bytes)
             _write_shards(plan, folder, advance)
             for shard in plan.shards:
@@ -176,11 +193,12 @@ def write_packed(plan: PackPlan, folder: Path, *, advance: Advance = lambda num_
             sync_folder(folder)
         except BaseException:
             for name in plan.file_names:
-                (folder / name).unlink(missing_ok=True)
-                (folder / (name + PARTIAL_SUFFIX)).unlink(missing_ok=True)
-            if not was_there:
+                for path in (folder / name, folder / (name + PARTIAL_SUFFIX)):
+                    with suppress(OSError):
+                        path.unlink()
+            for path in made:
                 with suppress(OSError):  # something else was put there
-                    folder.rmdir()
+                    path.rmdir()
             raise
 
 
@@ -214,17 +232,15 @@ def write_at(descriptor: int, data: bytes | memoryview, position: int) -> None:
 
 def _contents(plan: PackPlan) -> Iterator[tuple[Unit, memoryview]]:
     """Every unit with its bytes, in the order of the steps, until the next is asked for."""
-    checkpoint = plan.checkpoint
-    source = open_source(checkpoint, plan.adapter)
-    dtype = getattr(torch, checkpoint.spec.dtype or checkpoint.index.main_dtype)
-    staging = torch.empty(max(_staging_bytes(step, source, dtype) for step in plan.steps), dtype=torch.uint8)
+    source = open_source(plan.checkpoint, plan.adapter)
+    staging = torch.empty(max(_staging_bytes(step, source, plan.dtype) for step in plan.steps), dtype=torch.uint8)
     for step in plan.steps:
         if step.matrix is None:
             yield from ((unit, read_unit(source, unit, staging)) for unit in step.units)
             continue
         tensors = [
             tensor
-            for packed in _read_packed(source, step.matrix, staging.view(dtype))
+            for packed in _read_packed(source, step.matrix, staging.view(plan.dtype))
             for tensor in packed.tensors().values()
         ]
         for unit, tensor in zip(step.units, tensors, strict=True):

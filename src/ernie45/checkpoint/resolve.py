@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ernie45 import catalogue
 from ernie45.checkpoint.quantized_releases import refuse_by_name
-from ernie45.errors import InvalidRequestError, ModelNotFoundError
+from ernie45.errors import CheckpointError, InvalidRequestError, ModelNotFoundError
 
 
 def resolve(
@@ -29,28 +29,20 @@ def resolve(
     fetched again, and a download that broke off goes on where it stopped.
 
     Raises ModelNotFoundError, AccessDeniedError or HubUnreachableError, CorruptFileError for a file that came
-    damaged, CheckpointError when the disk is full or there are no safetensors weights, and UnsupportedError for a
-    quantised Paddle release.
+    damaged, CheckpointError when a folder cannot be read, the disk is full or there are no safetensors weights,
+    and UnsupportedError for a quantised Paddle release.
     """
-    if not isinstance(name_or_path, (str, os.PathLike)):
-        raise InvalidRequestError(
-            f"a model is named by text or a path, not {type(name_or_path).__name__}", hint='e.g. "ernie45/tiny-dense"'
-        )
-    if not isinstance(name_or_path, str):
-        return _existing_folder(Path(name_or_path))
-    name = name_or_path.strip()
-    if not name:
-        raise InvalidRequestError("the model name is empty", hint='e.g. "ernie45/tiny-dense"')
-    if _looks_like_path(name) or Path(name).is_dir():
-        return _existing_folder(Path(name))
-
+    folder = named_folder(name_or_path)
+    if folder is not None:
+        return folder
+    name = str(name_or_path).strip()
     entry = catalogue.find(name)
     if entry is not None and entry.built_in:
         return _existing_folder(catalogue.built_in_folder(entry))
     repo_id = entry.name if entry is not None else name
     if repo_id.count("/") != 1:
         raise ModelNotFoundError(
-            f"there is no folder and no known model {name!r}",
+            f"there is no folder and no known model {name!r:.200}",
             hint=catalogue.did_you_mean(name) or 'a Hub id reads "org/name"',
         )
 
@@ -69,14 +61,44 @@ def resolve(
     )
 
 
+def named_folder(name_or_path: str | os.PathLike[str]) -> Path | None:
+    """The folder that a caller names, as `resolve` explains; None where it is a built-in, catalogue or Hub name.
+
+    Raises:
+        InvalidRequestError: neither text nor a path, or empty.
+        ModelNotFoundError: there is no such folder.
+        CheckpointError: it cannot be read.
+    """
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise InvalidRequestError(
+            f"a model is named by text or a path, not {type(name_or_path).__name__}", hint='e.g. "ernie45/tiny-dense"'
+        )
+    if not isinstance(name_or_path, str):
+        return _existing_folder(Path(name_or_path))
+    name = name_or_path.strip()
+    if not name:
+        raise InvalidRequestError("the model name is empty", hint='e.g. "ernie45/tiny-dense"')
+    if _looks_like_path(name) or os.path.isdir(name):
+        return _existing_folder(Path(name))
+    return None
+
+
 def _looks_like_path(name: str) -> bool:
     return Path(name).is_absolute() or name in (".", "..") or name.startswith(("./", "../", "~"))
 
 
 def _existing_folder(path: Path) -> Path:
-    path = path.expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ModelNotFoundError(f"{path} is a file, not a folder", hint=f"give its folder: {path.parent}")
-    raise ModelNotFoundError(f"there is no folder {path}", hint='check the spelling; a Hub id reads "org/name"')
+    path = Path(os.path.expanduser(path))  # unlike Path.expanduser, it leaves the home of nobody as it is
+    try:
+        os.scandir(path).close()
+    except PermissionError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}", hint="check the folder's permissions") from error
+    except (OSError, ValueError):  # ValueError: what no path can hold
+        if os.path.isfile(path):
+            raise ModelNotFoundError(
+                f"{path} is a file, not a folder", hint=f"give its folder: {path.parent}"
+            ) from None
+        raise ModelNotFoundError(
+            f"there is no folder {str(path)!r:.200}", hint='check the spelling; a Hub id reads "org/name"'
+        ) from None
+    return path

@@ -246,9 +246,25 @@ def move_file(source: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
+def named_folder(folder: str | os.PathLike[str]) -> Path:
+    """The folder to write to that a caller named, with its `~` expanded. Raises InvalidRequestError where none is."""
+    name = os.fspath(folder) if isinstance(folder, (str, os.PathLike)) else folder
+    if not isinstance(name, str) or not name.strip() or "\0" in name:
+        raise InvalidRequestError(f"{folder!r} names no folder", hint="give the path of a new or empty folder")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise InvalidRequestError(
+            f"{name!r} begins with the home folder of a user who is not known here", hint="write the whole path"
+        ) from error
+
+
 def check_apart(source: Path, destination: Path) -> None:
-    """Raises InvalidRequestError where `destination` is no folder to write to, or lies in `source`."""
-    if destination.exists() and not destination.is_dir():
+    """Raises InvalidRequestError where `destination` is no folder to write to, or lies in `source`, and CheckpointError
+    where it cannot be looked at."""
+    with disk_errors(destination, again="try again"):
+        is_file = destination.exists() and not destination.is_dir()
+    if is_file:
         raise InvalidRequestError(f"{destination} is a file", hint="name a new folder to write to")
     inner, outer = destination.resolve(), source.resolve()
     if inner == outer or outer in inner.parents:
@@ -278,7 +294,7 @@ def disk_errors(folder: Path, *, again: str) -> Iterator[None]:
                 f"the disk is full: {folder} could not be finished ({error})", hint=f"free some space and {again}"
             ) from error
         raise CheckpointError(
-            f"{folder} could not be written: {error}", hint=f"check its rights, then {again}"
+            f"{folder} could not be written: {error}", hint=f"check its name and rights, then {again}"
         ) from error
 
 

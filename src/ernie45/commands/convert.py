@@ -23,6 +23,7 @@ from ernie45.checkpoint.write import (
     check_room,
     disk_errors,
     move_file,
+    named_folder,
     sync_folder,
     write_file,
 )
@@ -108,8 +109,8 @@ def convert(
             "a conversion needs to know the preset, and quantization='auto' depends on the machine",
             hint="name one: 'none', 'int8' or 'int4'",
         )
+    folder = named_folder(destination)
     source_folder = resolve(source, progress=progress, check=check_config)
-    folder = Path(destination).expanduser()
     if preset != PRESETS["none"]:
         packed = save_checkpoint(source_folder, folder, preset, max_shard_bytes=max_shard_bytes, progress=progress)
         return _packed_report(packed, folder, time.perf_counter() - started)

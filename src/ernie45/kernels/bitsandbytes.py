@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
@@ -26,6 +27,8 @@ _MULTIPLIED_VALUES = 1 << 22
 # A multiple of these many rows ends on a block of scales, whatever a row's length, and on a tile of the fused product.
 _ROW_STEP = 64
 _FUSED_TILE_ROWS = 32
+
+_importing = threading.Lock()
 
 
 class Nf4Linear:
@@ -153,9 +156,8 @@ class BnbInt8Linear:
             return
         check_bitsandbytes(weight.device)
         for start, stop in _row_blocks(self.out_features, self.in_features, _QUANTIZED_VALUES):
-            codes, largest, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(weight[start:stop].half())
-            self.codes[start:stop] = codes
-            self.scales[start:stop] = largest / 127
+            # Not bitsandbytes' own rounding, here and below: it passes through float16, where large values overflow.
+            self.codes[start:stop], self.scales[start:stop] = round_int8(weight[start:stop].float())
 
     @property
     def code_bytes(self) -> int:
@@ -169,7 +171,6 @@ class BnbInt8Linear:
         """x [N, in] -> [N, out]"""
         if not len(x):
             return x.new_empty((0, self.out_features))
-        # Not bitsandbytes' own rounding and scaling: on a GPU they pass through float16, where bf16 inputs overflow.
         codes, scales = round_int8(x.float())
         y = torch.empty((x.shape[0], self.out_features), dtype=torch.float32, device=x.device)
         for start, stop in _row_blocks(self.out_features, self.in_features, _MULTIPLIED_VALUES):
@@ -204,21 +205,22 @@ def _bitsandbytes() -> ModuleType:
     # On some CPUs bitsandbytes fetches native code from the Hub while it is imported, where the package "kernels" is
     # installed, and logs a warning where it is not.
     logger = logging.getLogger("bitsandbytes")
-    level, kernels = logger.level, sys.modules.get("kernels")
-    logger.setLevel(logging.CRITICAL)
-    sys.modules["kernels"] = None  # type: ignore[assignment]
-    try:
-        return importlib.import_module("bitsandbytes")
-    except (ImportError, OSError, RuntimeError) as error:
-        raise UnsupportedError(
-            f"bitsandbytes cannot be imported: {error}",
-            hint='pip install "bitsandbytes>=0.49", or use quantization="int8" or "int4"',
-        ) from error
-    finally:
-        logger.setLevel(level)
-        del sys.modules["kernels"]
-        if kernels is not None:
-            sys.modules["kernels"] = kernels
+    with _importing:
+        level, kernels = logger.level, sys.modules.get("kernels")
+        logger.setLevel(logging.CRITICAL)
+        sys.modules["kernels"] = None  # type: ignore[assignment]
+        try:
+            return importlib.import_module("bitsandbytes")
+        except (ImportError, OSError, RuntimeError) as error:
+            raise UnsupportedError(
+                f"bitsandbytes cannot be imported: {error}",
+                hint='pip install "bitsandbytes>=0.50.2", or use quantization="int8" or "int4"',
+            ) from error
+        finally:
+            logger.setLevel(level)
+            sys.modules.pop("kernels", None)
+            if kernels is not None:
+                sys.modules["kernels"] = kernels
 
 
 @cache

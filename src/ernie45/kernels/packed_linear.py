@@ -7,33 +7,30 @@ same order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ernie45.kernels.int4_order import kernel_codes
 from ernie45.kernels.linear import Linear, bias_bytes
-from ernie45.quantization.packed import INT4_ZERO, Packed, PackedInt4, PackedInt8, num_bytes, unpack_int4
+from ernie45.quantization.packed import INT4_ZERO, Packed, PackedInt4, PackedInt8, num_bytes
 from ernie45.quantization.quantize import int8_scales
 
 _KERNEL_GROUPS = (256, 128, 64, 32)  # group sizes of torch's 4-bit kernel
 _KERNEL_ROWS = 16  # what it wants the outputs to be a multiple of
 _BLOCK_VALUES = 1 << 20  # unpacked at a time
 _SCALED_VALUES = 1 << 19  # outputs that are scaled at a time
-_REPACKED_VALUES = 1 << 19  # at a time: these and what is made of them stay in the cache
-_REPACKED_ROWS = 256  # a multiple of the rows that the kernel's order goes by on any processor
-_PROBED_COLUMNS = 64
 
 
-def build_packed_linear(packed: Packed, bias: Tensor | None, dtype: torch.dtype) -> Linear:
-    """The fastest product for a quantised matrix on the device it lies on; x and y are of `dtype`."""
+def build_packed_linear(packed: Packed, bias: Tensor | None, dtype: torch.dtype, *, in_place: bool = False) -> Linear:
+    """The fastest product for a quantised matrix on the device it lies on; x and y are of `dtype`. With `in_place` its
+    memory may be written to, and nothing of its size is allocated: loading leaves no holes in the heap then."""
     on_cpu = packed.codes.device.type == "cpu"
     if on_cpu and isinstance(packed, PackedInt8):
         return Int8Linear(packed, bias, dtype)
     if on_cpu and isinstance(packed, PackedInt4) and kernel_group(packed) is not None:
-        return Int4Linear(packed, bias)
+        return Int4Linear(packed, bias, in_place=in_place)
     return UnpackingLinear(packed, bias, dtype)
 
 
@@ -61,7 +58,7 @@ class Int8Linear:
         codes, scales = _rounded_rows(x)
         y = torch.empty((x.shape[0], self.out_features), dtype=self.dtype, device=x.device)
         # The sums take 8 bytes a number: some outputs at a time.
-        step = max(_SCALED_VALUES // x.shape[0] // _KERNEL_ROWS, 1) * _KERNEL_ROWS
+        step = max(_SCALED_VALUES // max(x.shape[0], 1) // _KERNEL_ROWS, 1) * _KERNEL_ROWS
         for first in range(0, self.out_features, step):
             outputs = slice(first, first + step)
             part = torch._int_mm(codes, self.packed.codes[outputs].t()).float()
@@ -77,12 +74,12 @@ class Int4Linear:
 
     __slots__ = ("_group_size", "_input_order", "_row_scales", "_scales", "_zeros", "bias", "codes", "out_features")
 
-    def __init__(self, packed: PackedInt4, bias: Tensor | None) -> None:
+    def __init__(self, packed: PackedInt4, bias: Tensor | None, *, in_place: bool = False) -> None:
         group_size = kernel_group(packed)
         assert group_size is not None
         self.out_features = packed.out_features
         self.bias = bias
-        self.codes = _kernel_codes(packed)
+        self.codes = kernel_codes(packed, packed.codes if in_place else torch.empty_like(packed.codes))
         self._group_size = group_size
         # One byte for each group is kept and made into the kernel's table when it is used, in an eighth of its time;
         # the table itself would take a quarter of the codes' memory.
@@ -103,14 +100,16 @@ class Int4Linear:
     def __call__(self, x: Tensor) -> Tensor:
         if self._input_order is not None:
             x = x[:, self._input_order]
-        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x.contiguous(), self.codes, self._group_size, self._table(x)
-        )
+        # Codes times scales are summed before the row scales are multiplied in: more than float16 can hold.
+        rows = x.float() if x.dtype == torch.float16 else x.contiguous()
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.codes, self._group_size, self._table(rows))
         if self._row_scales is not None:
             # torch makes float32 copies of both sides of such a product: some rows at a time.
-            for rows in y.split(max(1, _SCALED_VALUES // self.out_features)):
-                rows.mul_(self._row_scales)
-        return y if self.bias is None else y.add_(self.bias)
+            for part in y.split(max(1, _SCALED_VALUES // self.out_features)):
+                part.mul_(self._row_scales)
+        if self.bias is not None:
+            y += self.bias
+        return y.to(x.dtype)
 
     def _table(self, x: Tensor) -> Tensor:
         """Scales and offsets [G, N, 2] as the kernel wants them: w = (code - 8) · scale + offset."""
@@ -192,61 +191,6 @@ def kernel_group(packed: PackedInt4) -> int | None:
     if packed.out_features % _KERNEL_ROWS:
         return None
     return next((size for size in _KERNEL_GROUPS if packed.group_size % size == 0), None)
-
-
-def _kernel_codes(packed: PackedInt4) -> Tensor:
-    """The codes in the order of torch's kernel, which differs between processors: for each block of rows, column by
-    column, two rows in a byte."""
-    codes = torch.empty_like(packed.codes)
-    order = _kernel_order()
-    num_whole = 0 if order is None else packed.out_features // order.block_rows * order.block_rows
-    if order is not None:
-        step = max(1, _REPACKED_VALUES // (order.block_rows * packed.in_features)) * order.block_rows
-        for start in range(0, num_whole, step):
-            rows = slice(start, min(start + step, num_whole))
-            codes[rows] = order.of(packed, rows)
-    for start in range(num_whole, packed.out_features, _REPACKED_ROWS):
-        rows = slice(start, start + _REPACKED_ROWS)
-        codes[rows] = _ordered(unpack_int4(packed.codes[rows], packed.group_size)).view(codes[rows].shape)
-    # An operator of torch views its weight as [N, K/2], however its blocks lie inside.
-    return codes
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _KernelOrder:
-    """How many rows make a block, and which of them have the `low` and the `high` halves of a column's bytes."""
-
-    block_rows: int
-    low: Tensor
-    high: Tensor
-
-    def of(self, packed: PackedInt4, rows: slice) -> Tensor:
-        """Codes of whole blocks of rows [n, K/2] in this order."""
-        blocks = packed.codes[rows].view(-1, self.block_rows, packed.in_features // 2)
-        one, other = blocks[:, self.low], blocks[:, self.high]  # [blocks, block_rows / 2, K / 2]
-        halves = torch.stack(((one & 15) | (other << 4), (one >> 4) | (other & 240)), dim=1)
-        groups = halves.view(len(blocks), 2, len(self.low), packed.scales.shape[1], packed.group_size // 2)
-        return groups.permute(0, 3, 1, 4, 2).reshape(-1, packed.in_features // 2)
-
-
-@cache
-def _kernel_order() -> _KernelOrder | None:
-    """The order, asked of the function that makes it, which takes three times as long for a whole matrix; None where
-    it is not known here."""
-    for block_rows in (64, 32):
-        rows = torch.arange(block_rows, dtype=torch.uint8)[:, None].expand(-1, _PROBED_COLUMNS)
-        units, sixteens = _ordered(rows & 15), _ordered(rows >> 4)
-        low = ((units & 15) | (sixteens << 4)).view(_PROBED_COLUMNS, -1)
-        high = ((units >> 4) | (sixteens & 240)).view(_PROBED_COLUMNS, -1)
-        if (low == low[0]).all() and (high == high[0]).all():
-            return _KernelOrder(block_rows=block_rows, low=low[0].long(), high=high[0].long())
-    return None
-
-
-def _ordered(codes: Tensor) -> Tensor:
-    """4-bit codes uint8 [N, K], one in a byte, in the order of torch's kernel; flat, two in a byte."""
-    ordered: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
-    return ordered.flatten()
 
 
 def _rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:

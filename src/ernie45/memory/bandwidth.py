@@ -13,19 +13,19 @@ from numpy.typing import NDArray
 
 from ernie45.memory.machine import host_bytes
 
-_READ_BYTES = 128 * 2**20
+_READ_BYTES = 64 * 2**20
 _READ_BYTES_PER_CPU = 16 * 2**20
 _MIN_READ_BYTES = 8 * 2**20
-_BLOCK_BYTES = 64 * 2**20
-_WRITE_SECONDS = 0.05
-_READ_SECONDS = 0.05
+_BLOCK_BYTES = 32 * 2**20
+_WRITE_SECONDS = 0.03
+_READ_SECONDS = 0.03
 
 
 @functools.cache
 def copy_rate() -> float:
     """Bytes a second at which all CPUs of this process together read memory once through: an estimate.
 
-    It is the best of the passes made in 0.05 s over 128 MiB, or 16 MiB a CPU where that is more, but at most a
+    It is the best of the passes made in 0.03 s over 64 MiB, or 16 MiB a CPU where that is more, but at most a
     sixteenth of the memory available. Larger caches make it too high, other programs too low. The first call takes
     about 0.1 s; later ones give the same number.
     """
@@ -45,7 +45,7 @@ def copy_rate() -> float:
 
 
 def _write(buffer: NDArray[np.int64], pool: ThreadPoolExecutor, num_threads: int) -> NDArray[np.int64]:
-    """64 MiB of a new buffer, and more until 0.05 s are over: pages never written would all be read from a single one.
+    """32 MiB of a new buffer, and more until 0.03 s are over: pages never written would all be read from a single one.
 
     A virtual machine may have to get each page from its host first, which takes longer than all the reading.
     """

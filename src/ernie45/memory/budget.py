@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ KVDtype = Literal["auto", "int8"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+_MOST_BYTES = 2**60
 _KV_SCALE_BYTES = 2
 _DEVICE_NAME = re.compile(r"(cpu|cuda)(:\d+)?|mps")
 
@@ -57,9 +59,10 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text) if isinstance(text, str) else None
     unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None:
-        raise InvalidRequestError(f"{text!r} is not a memory size", hint="write it like '12GiB' or '800MB'")
-    return int(float(match[1]) * unit)
+    num_bytes = float(match[1]) * unit if match and unit else math.inf
+    if num_bytes > _MOST_BYTES:
+        raise InvalidRequestError(f"{text!r:.100} is not a memory size", hint="write it like '12GiB' or '800MB'")
+    return int(num_bytes)
 
 
 def parse_limits(memory: MemoryLimit | None) -> Limits:
@@ -118,14 +121,6 @@ def kv_bytes_per_token(spec: ModelSpec, *, bytes_per_value: int, kv_dtype: KVDty
     if kv_dtype == "int8":
         return spec.kv_values_per_token + spec.kv_values_per_token // spec.head_dim * _KV_SCALE_BYTES
     return spec.kv_values_per_token * bytes_per_value
-
-
-def kv_bytes(
-    spec: ModelSpec, *, context_tokens: int, max_batch: int, bytes_per_value: int, kv_dtype: KVDtype = "auto"
-) -> int:
-    """Bytes of the KV cache: those of a token · tokens · rows."""
-    per_token = kv_bytes_per_token(spec, bytes_per_value=bytes_per_value, kv_dtype=kv_dtype)
-    return per_token * context_tokens * max_batch
 
 
 def in_words(num_bytes: int) -> str:

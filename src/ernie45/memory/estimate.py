@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ernie45.checkpoint.gptq_config import GptqConfig
+from ernie45.checkpoint.headers import CheckpointIndex, TensorInfo
 from ernie45.parameters import count_resampler, count_vision_tower
 from ernie45.presets import Part, QuantPreset, WeightPart, code_bytes, scale_bytes
 from ernie45.spec import ExpertSpec, ModelSpec
 
 _FLOAT32_BYTES = 4
+# What the names of a part's tensors contain; the first that is found counts, and what has none is a norm.
+_MARKS: tuple[tuple[str, WeightPart], ...] = (
+    ("vision_model.", "vision"),
+    ("resampler_model.", "vision"),
+    ("embed_tokens.", "embedding"),
+    ("lm_head.", "head"),
+    (".self_attn.", "attention"),
+    (".mlp.gate.", "router"),
+    (".mlp.moe_statics.", "router"),
+    (".mlp.shared_experts.", "shared_experts"),
+    (".mlp.experts.", "routed_experts"),
+    (".mlp.", "dense_mlp"),
+)
 
 PartBytes = Mapping[WeightPart, int]
 
@@ -59,19 +76,11 @@ class WeightSites:
         return scaled
 
 
-def estimate_weights(
-    spec: ModelSpec, preset: QuantPreset, *, bytes_per_value: int, has_own_head: bool
-) -> dict[WeightPart, int]:
-    """Bytes of the loaded weights by part; `bytes_per_value` is the model's dtype's.
+def estimate_sites(spec: ModelSpec, preset: QuantPreset, *, bytes_per_value: int, has_own_head: bool) -> WeightSites:
+    """Bytes of the loaded weights of each site by part; `bytes_per_value` is the model's dtype's.
 
     Biases of routed experts and of the head, which only some writers store, are not counted.
     """
-    sites = estimate_sites(spec, preset, bytes_per_value=bytes_per_value, has_own_head=has_own_head)
-    return dict(sites.total())
-
-
-def estimate_sites(spec: ModelSpec, preset: QuantPreset, *, bytes_per_value: int, has_own_head: bool) -> WeightSites:
-    """The same as `estimate_weights`, apart for each site."""
     counting = _Counting(spec, preset, bytes_per_value)
     kinds = [spec.experts is not None and spec.experts.in_layer(layer) for layer in range(spec.num_layers)]
     # All dense layers are alike, and so are all with experts.
@@ -88,12 +97,65 @@ def estimate_sites(spec: ModelSpec, preset: QuantPreset, *, bytes_per_value: int
     )
 
 
+def stored_weights(
+    index: CheckpointIndex, *, bytes_per_value: int, has_own_head: bool, gptq: GptqConfig | None
+) -> PartBytes:
+    """Bytes by part of loaded weights whose -PT files hold them quantised, in our own format or as `gptq` says: from
+    the headers, and with GPTQ's `desc_act` from the groups of the inputs."""
+    counted: Counter[WeightPart] = Counter()
+    orders: dict[str, list[bytes]] = {}
+    for name, info in index.tensors.items():
+        module, _, leaf = name.rpartition(".")
+        part = _part_of(name)
+        if part is None or (part == "head" and not has_own_head):
+            continue
+        if leaf in ("codes", "qweight"):
+            counted[part] += info.num_bytes
+        elif leaf in ("scales", "row_scales", "zeros", "input_order"):
+            counted["scales"] += info.num_bytes
+            if leaf == "scales" and gptq is not None and not gptq.is_symmetric:
+                counted["scales"] += math.prod(info.shape)  # a byte for each zero
+        elif leaf == "g_idx" and info.dtype == "I32" and gptq is not None and gptq.reorders_inputs:
+            orders.setdefault(_read_as_one(module), []).append(_read(info))
+        elif leaf not in ("qzeros", "g_idx"):
+            counted[part] += math.prod(info.shape) * (_FLOAT32_BYTES if part == "router" else bytes_per_value)
+    for stored in orders.values():
+        # Matrices that are read as one share the order of their inputs, if it is the same.
+        each = stored[:1] if len(set(stored)) == 1 else stored
+        counted["scales"] += sum(len(groups) for groups in each if not _is_sorted(groups))
+    return counted
+
+
 def add_parts(sites: Iterable[PartBytes]) -> Counter[WeightPart]:
     """Bytes by part of several sites together."""
     total: Counter[WeightPart] = Counter()
     for site in sites:
         total.update(site)
     return total
+
+
+def _part_of(name: str) -> WeightPart | None:
+    """The part that a stored -PT tensor is counted with; None where it is not loaded."""
+    if name.endswith("rotary_emb.inv_freq") or name.startswith("model.mtp_"):
+        return None
+    return next((part for mark, part in _MARKS if mark in name), "norms")
+
+
+def _read_as_one(module: str) -> str:
+    """What a matrix's module has in common with those that are read as one matrix with it."""
+    return re.sub(r"(?<=\.)([qkv]|gate|up)_proj$", lambda leaf: "qkv" if leaf[1] in "qkv" else "gate_up", module)
+
+
+def _read(info: TensorInfo) -> bytes:
+    with info.file.open("rb") as file:
+        file.seek(info.start)
+        return file.read(info.num_bytes)
+
+
+def _is_sorted(groups: bytes) -> bool:
+    """Whether int32 numbers do not fall."""
+    numbers = memoryview(groups).cast("i").tolist()
+    return numbers == sorted(numbers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,9 @@
-"""What this machine has, asked without torch: main memory, disk, a GPU driver."""
+"""What this machine has, asked without torch: main memory, a GPU driver."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -31,6 +30,11 @@ class HostMemory:
     available_bytes: int
     limited_by: Literal["machine", "cgroup"]
     limit_bytes: int | None
+
+    @property
+    def most_bytes(self) -> int:
+        """What could be had if nothing else were in use."""
+        return self.total_bytes if self.limit_bytes is None else min(self.total_bytes, self.limit_bytes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,13 +68,6 @@ def host_bytes(root: Path = Path("/")) -> HostMemory:
         limited_by="cgroup" if room_bytes < machine.available else "machine",
         limit_bytes=limit_bytes,
     )
-
-
-def free_disk_bytes(folder: Path) -> int:
-    """Bytes that this user can still write to the disk of `folder`, or of the nearest parent that exists."""
-    while not os.path.exists(folder):  # unlike Path.exists, False where a parent may not be read
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def has_cuda_driver(root: Path = Path("/")) -> bool:

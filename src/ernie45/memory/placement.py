@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from ernie45.memory.estimate import WeightSites
@@ -38,6 +38,17 @@ class Running:
     workspace_bytes: int
     loading_bytes: int
     runtime_bytes: int
+
+
+def within_host(devices: Sequence[DeviceMemory], host_bytes: int) -> tuple[DeviceMemory, ...]:
+    """The devices, those that are CPUs together with no more than `host_bytes`: a process that takes more is killed."""
+    held = []
+    for device in devices:
+        if device.kind == "cpu":
+            device = replace(device, capacity_bytes=min(device.capacity_bytes, host_bytes))
+            host_bytes -= device.capacity_bytes
+        held.append(device)
+    return tuple(held)
 
 
 def place(sites: WeightSites, devices: Sequence[DeviceMemory], running: Running) -> Placement:

@@ -73,7 +73,7 @@ def _plan(sizing: Sizing) -> MemoryPlan:
         max_batch=budget.max_batch,
         devices=devices,
         placement=placement,
-        disk_bytes=sizing.weight_bytes,
+        disk_bytes=sizing.disk_bytes,
         free_disk_bytes=request.free_disk_bytes,
         verdict=verdict,
         bottleneck=_bottleneck(verdict, devices),

@@ -1,4 +1,4 @@
-"""What would make a plan fit: small changes, each planned again before it is named."""
+"""What would make a plan fit: small changes, each planned again before it is named; and the error that names them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ernie45.memory.budget import MIN_CONTEXT_TOKENS, Budget, in_words
+from ernie45.errors import OutOfMemoryError
+from ernie45.memory.budget import MIN_CONTEXT_TOKENS, Budget, Limits, in_words
+from ernie45.memory.machine import HostMemory
 from ernie45.memory.plan import MemoryPlan
 from ernie45.memory.sizing import Sizing, presets_by_quality
 
+_NAMED_REMEDIES = 3  # in an error
 _STEP_BYTES = 2**30 // 10  # memory is asked for in tenths of a GiB
 
 
@@ -21,6 +24,8 @@ def find_remedies(sizing: Sizing, plan: MemoryPlan) -> tuple[str, ...]:
     """
     if plan.verdict == "fits":
         return ()
+    # A context that was left open stays as the plan shows it: more would fit with a shorter one.
+    sizing = Sizing(replace(sizing.request, context_tokens=plan.context_tokens), sizing.preset)
     smaller = _smaller_presets(sizing)
     budget = Budget(context_tokens=plan.context_tokens, max_batch=plan.max_batch)
     found = [*_presets(smaller), *_arguments(sizing, budget)]
@@ -31,6 +36,31 @@ def find_remedies(sizing: Sizing, plan: MemoryPlan) -> tuple[str, ...]:
     if plan.verdict == "does not fit":
         found += _streaming([sizing, *reversed(smaller)])
     return tuple(found)
+
+
+def refusal(plan: MemoryPlan, limits: Limits, host: HostMemory) -> OutOfMemoryError:
+    """Why a plan that does not fit is not carried out: what takes how much where it is tightest, and who set the limit
+    there, `limits` or the `host`."""
+    fullest = max(plan.devices, key=lambda device: device.peak_bytes - device.capacity_bytes)
+    kv, workspace = fullest.parts["kv_cache"], fullest.parts["workspace"]
+    used = [("weights", fullest.weight_bytes)]
+    if fullest.loading_bytes > kv + workspace:
+        used.append(("buffers while loading", fullest.loading_bytes))
+    else:
+        used += [(f"KV cache for {plan.max_batch} x {plan.context_tokens} tokens", kv), ("workspace", workspace)]
+    used.append(("runtime", fullest.parts["runtime"]))
+    message = (
+        f"this needs {in_words(fullest.peak_bytes)} on {fullest.device} as {plan.preset!r} "
+        f"({', '.join(f'{what} {in_words(num_bytes)}' for what, num_bytes in used)}), and there are "
+        f"{in_words(fullest.capacity_bytes)}"
+    )
+    named = limits.devices.get(fullest.device, limits.devices.get("cpu"))
+    if fullest.device.startswith("cpu") and fullest.capacity_bytes != named:
+        by_cgroup = host.limited_by == "cgroup" if named is None else host.most_bytes < host.total_bytes
+        message += " within the limit of this process's memory cgroup" if by_cgroup else " in this machine"
+    if plan.verdict == "streams":
+        message += "; its routed experts could be read from disk as they are needed, which this version does not do yet"
+    return OutOfMemoryError(message, hint=" ".join(plan.remedies[:_NAMED_REMEDIES]))
 
 
 def _smaller_presets(sizing: Sizing) -> list[Sizing]:
@@ -88,7 +118,7 @@ def _streaming(candidates: list[Sizing]) -> Iterator[str]:
         if Sizing(replace(other.request, free_disk_bytes=None), other.preset).choose("streams"):
             beside = f"quantization={other.preset.name!r} and " if index else ""
             yield (
-                f"With {beside}{math.ceil(other.weight_bytes / 1e9)} GB of disk its routed experts could be read from "
+                f"With {beside}{math.ceil(other.disk_bytes / 1e9)} GB of disk its routed experts could be read from "
                 "there as they are needed, which this version does not do yet."
             )
             return

@@ -38,6 +38,7 @@ class PlanRequest:
         kv_dtype: "auto" is `dtype`.
         devices: what may be used, accelerators first.
         has_own_head: whether the output head is a matrix of its own.
+        stored_dtype: of the files, which what the preset does not cover keeps on disk; None is `dtype`.
         free_disk_bytes: what the disk may take, None where it was not named.
         weights: bytes by part that a build with `preset` has found, which then count and not the estimate.
         max_pixels: of a picture; None is the checkpoint's own limit.
@@ -54,6 +55,7 @@ class PlanRequest:
     max_batch: int | None
     devices: tuple[DeviceMemory, ...]
     has_own_head: bool
+    stored_dtype: DtypeName | None = None
     free_disk_bytes: int | None = None
     weights: PartBytes | None = None
     max_pixels: int | None = None
@@ -79,6 +81,13 @@ class Sizing:
         )
         self.sites = sites if request.weights is None else sites.scaled_to(request.weights)
         self.weight_bytes = self.sites.total().total()
+        on_disk = estimate_sites(
+            self.spec,
+            preset,
+            bytes_per_value=DTYPE_BYTES[request.stored_dtype or request.dtype],
+            has_own_head=request.has_own_head,
+        )
+        self.disk_bytes = self.weight_bytes + on_disk.total().total() - sites.total().total()
         self.cpus = tuple(device for device in request.devices if device.kind == "cpu")
 
     def running(self, budget: Budget) -> Running:
@@ -104,7 +113,7 @@ class Sizing:
         devices, sites = self.request.devices, self.sites
         if verdict == "streams":
             free = self.request.free_disk_bytes
-            if not self.cpus or not any(sites.active_experts) or (free is not None and free < self.weight_bytes):
+            if not self.cpus or not any(sites.active_experts) or (free is not None and free < self.disk_bytes):
                 return False
             devices, sites = self.cpus, _without_most_experts(sites)
         return excess_bytes(place(sites, devices, running), sites, devices, running) == 0

@@ -21,7 +21,7 @@ RUNTIME_BYTES = 44 * 2**20
 
 _HEAP_SHARE = 1.5  # memory that the heap takes for what is in use at a time: freed pieces of other sizes lie between
 _SCALED_VALUES = 2**19  # results that a quantised product scales at a time
-_COMPILED_BYTES = 600 * 2**10  # oneDNN's code for a product of one shape, kept
+_COMPILED_BYTES = 100 * 2**10  # oneDNN's code for a product of one shape, kept
 _COMPILED_ROWS = 4  # products of fewer rows are padded to these; their code is in RUNTIME_BYTES
 _LAYER_BYTES = 600 * 2**10  # heap that a first step leaves taken for each layer
 _MATRIX_KINDS = 4  # shapes of a layer's matrices

@@ -50,8 +50,6 @@ def accuracy(name: str, items: list[Task], preset: str, kv_dtype: KVDtype) -> fl
 @pytest.mark.slow
 @pytest.mark.parametrize(("preset", "kv_dtype"), MOST_LOST)
 def test_answers_stay_right(name: str, items: list[Task], unquantised: float, preset: str, kv_dtype: KVDtype) -> None:
-    if preset == "nf4":
-        pytest.importorskip("bitsandbytes")
     lost = unquantised - accuracy(name, items, preset, kv_dtype)
     assert lost <= MOST_LOST[preset, kv_dtype] + SAMPLING_SLACK
 
@@ -71,8 +69,6 @@ def layer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("preset", "most"), [("int4", 0.60), ("int8", 1.02), ("nf4", 0.60)])
 def test_experts_take_the_bytes_of_their_bits(layer_folder: Path, preset: str, most: float) -> None:
-    if preset == "nf4":
-        pytest.importorskip("bitsandbytes")
     with ErnieModel.from_pretrained(layer_folder, quantization=preset, device="cpu", progress=False) as model:
         parts = model.load_report.weight_parts
     # All scales are counted; those of the attention, 34 rows wide, are few.

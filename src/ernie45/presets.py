@@ -104,13 +104,6 @@ def find_preset(quantization: str | QuantPreset) -> QuantPreset | None:
     return preset
 
 
-def matrix_bytes(scheme: Scheme | None, out_features: int, in_features: int, bytes_per_value: int) -> int:
-    """Bytes of one stored matrix [out, in] with its scales; `bytes_per_value` is the model's dtype's."""
-    return code_bytes(scheme, out_features, in_features, bytes_per_value) + scale_bytes(
-        scheme, out_features, in_features
-    )
-
-
 def code_bytes(scheme: Scheme | None, out_features: int, in_features: int, bytes_per_value: int) -> int:
     """Bytes of a matrix without its scales."""
     num_values = out_features * in_features

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -151,3 +153,24 @@ def test_a_model_in_float16_and_int4_answers() -> None:
     ) as model:
         for item in tasks("reverse", 3, seed=0, split="test"):
             assert model.chat(item.messages, temperature=0).text == item.answer
+
+
+def test_unpacking_holds_some_rows_at_a_time() -> None:
+    """Each block of unpacked rows is gone before the next is made."""
+
+    class Watched:
+        out_features, in_features = 40, 1 << 18  # four rows to a block
+
+        def __init__(self) -> None:
+            self.blocks: list[weakref.ref[Tensor]] = []
+
+        def rows(self, start: int, stop: int) -> Tensor:
+            assert not [block for block in self.blocks if block() is not None]
+            block = torch.full((stop - start, self.in_features), float(start))
+            self.blocks.append(weakref.ref(block))
+            return block
+
+    packed = Watched()
+    y = UnpackingLinear(packed, None)(torch.ones(1, packed.in_features))  # type: ignore[arg-type]
+    assert len(packed.blocks) == 10
+    assert y[0, ::4].tolist() == [start * packed.in_features for start in range(0, 40, 4)]

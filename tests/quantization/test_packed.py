@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ernie45.presets import INT4_GROUP, matrix_bytes
+from ernie45.presets import INT4_GROUP, code_bytes, scale_bytes
 from ernie45.quantization.packed import (
     PackedInt4,
     PackedInt8,
@@ -97,5 +97,6 @@ def test_unpacking_undoes_packing(group_size: int) -> None:
 def test_room_has_the_bytes_that_a_plan_counts(scheme: str, num_rows: int, num_columns: int) -> None:
     packed = empty_packed(scheme, num_rows, num_columns, INT4_GROUP, torch.device("cpu"))
     assert (packed.out_features, packed.in_features) == (num_rows, num_columns)
-    assert num_bytes(packed) == matrix_bytes(scheme, num_rows, num_columns, 2)  # type: ignore[arg-type]
+    counted = code_bytes(scheme, num_rows, num_columns, 2) + scale_bytes(scheme, num_rows, num_columns)  # type: ignore[arg-type]
+    assert num_bytes(packed) == counted
     assert list(packed.tensors()) == (["codes", "scales"] if scheme == "int8" else ["codes", "scales", "row_scales"])

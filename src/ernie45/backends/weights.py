@@ -29,7 +29,7 @@ from ernie45.kernels.ops import RotaryTable
 from ernie45.kernels.packed_linear import PackedEmbedding, StackedLinear, build_packed_linear
 from ernie45.presets import INT4_GROUP, Part, WeightPart
 from ernie45.quantization.packed import Packed, PackedInt8, empty_packed
-from ernie45.quantization.quantize import quantize_into
+from ernie45.quantization.quantize import quantize_blocks_into, quantize_into
 from ernie45.spec import ExpertSpec, ModelSpec
 
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
@@ -288,17 +288,11 @@ class WeightBuilder:
             self.staged(in_features, parts)
         elif part in ("embedding", "head") and isinstance(packed, PackedInt8) and isinstance(self.source, BlockSource):
             # As long as the vocabulary: the whole of one at a time would be the most that loading ever needs.
-            self._quantize_blocks(packed, self.source, *_weights(parts))
+            (name,) = _weights(parts)
+            quantize_blocks_into(packed, self.source.read_blocks(name, (packed.out_features, in_features)))
         else:
             quantize_into(packed, self.staged(in_features, parts))
         return packed
-
-    def _quantize_blocks(self, packed: PackedInt8, source: BlockSource, name: str) -> None:
-        first = 0
-        for block in source.read_blocks(name, (packed.out_features, packed.in_features)):
-            rows = slice(first, first + len(block))
-            quantize_into(PackedInt8(codes=packed.codes[rows], scales=packed.scales[rows]), block)
-            first = rows.stop
 
     def norm(self, name: str, *, part: Literal["norms", "vision"] = "norms") -> Norm:
         return Norm(weight=self.tensor((self.spec.hidden_size,), name, part=part), eps=self.spec.rms_norm_eps)

@@ -45,7 +45,7 @@ from ernie45.checkpoint.write import (
 from ernie45.errors import InvalidRequestError, UnsupportedError
 from ernie45.presets import INT4_GROUP, QuantPreset, Scheme
 from ernie45.quantization.packed import Packed, PackedInt8, empty_packed
-from ernie45.quantization.quantize import quantize_into
+from ernie45.quantization.quantize import quantize_blocks_into, quantize_into
 from ernie45.types.reports import IgnoredTensor
 
 Build = Callable[[TensorSource], object]
@@ -272,11 +272,8 @@ def _read_packed(source: TensorSource, matrix: _Matrix, staging: Tensor) -> Sequ
         return stored
     packed = empty_packed(matrix.scheme, num_rows, in_features, INT4_GROUP, cpu)
     if isinstance(packed, PackedInt8) and _in_blocks(source, matrix):
-        first = 0
-        for block in source.read_blocks(next(iter(_weights(parts))), (num_rows, in_features)):
-            rows = slice(first, first + len(block))
-            quantize_into(PackedInt8(codes=packed.codes[rows], scales=packed.scales[rows]), block)
-            first = rows.stop
+        (name,) = _weights(parts)
+        quantize_blocks_into(packed, source.read_blocks(name, (num_rows, in_features)))
     else:
         weight = staging[: num_rows * in_features].view(num_rows, in_features)
         source.read_into(weight, _weights(parts))

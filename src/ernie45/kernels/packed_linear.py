@@ -31,7 +31,7 @@ def build_packed_linear(packed: Packed, bias: Tensor | None, dtype: torch.dtype,
         return Int8Linear(packed, bias, dtype)
     if on_cpu and isinstance(packed, PackedInt4) and kernel_group(packed) is not None:
         return Int4Linear(packed, bias, in_place=in_place)
-    return UnpackingLinear(packed, bias, dtype)
+    return UnpackingLinear(packed, bias)
 
 
 class Int8Linear:
@@ -124,10 +124,10 @@ class Int4Linear:
 class UnpackingLinear:
     """Unpacks some rows at a time and multiplies with them: for devices and shapes that nothing faster serves."""
 
-    __slots__ = ("bias", "dtype", "packed")
+    __slots__ = ("bias", "packed")
 
-    def __init__(self, packed: Packed, bias: Tensor | None, dtype: torch.dtype) -> None:
-        self.packed, self.bias, self.dtype = packed, bias, dtype
+    def __init__(self, packed: Packed, bias: Tensor | None) -> None:
+        self.packed, self.bias = packed, bias
 
     @property
     def out_features(self) -> int:
@@ -144,8 +144,10 @@ class UnpackingLinear:
     def __call__(self, x: Tensor) -> Tensor:
         step = max(1, _BLOCK_VALUES // self.packed.in_features)
         starts = range(0, self.out_features, step)
-        blocks = [self.packed.rows(start, min(start + step, self.out_features)) for start in starts]
-        y = torch.cat([F.linear(x, block.to(x.dtype)) for block in blocks], dim=1)
+        ends = [min(start + step, self.out_features) for start in starts]
+        y = torch.cat(
+            [F.linear(x, self.packed.rows(*rows).to(x.dtype)) for rows in zip(starts, ends, strict=True)], dim=1
+        )
         return y if self.bias is None else y + self.bias
 
 

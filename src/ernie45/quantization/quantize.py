@@ -5,7 +5,7 @@ How group size, rounding and scales were chosen, and why the arithmetic is numpy
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ernie45.quantization.packed import INT4_ZERO, Packed, PackedInt4, empty_packed
+from ernie45.quantization.packed import INT4_ZERO, Packed, PackedInt4, PackedInt8, empty_packed
 
 Array = NDArray[np.float32]
 
@@ -47,6 +47,16 @@ def quantize_into(packed: Packed, weight: Tensor) -> None:
     with ThreadPoolExecutor(num_threads) as pool:
         for task in [pool.submit(_quantize_blocks, packed, weight, starts, step) for _ in range(num_threads)]:
             task.result()
+
+
+def quantize_blocks_into(packed: PackedInt8, blocks: Iterable[Tensor]) -> None:
+    """As `quantize_into`, for a matrix whose rows come some at a time, in order; a block may be overwritten by the
+    next."""
+    first = 0
+    for block in blocks:
+        rows = slice(first, first + len(block))
+        quantize_into(PackedInt8(codes=packed.codes[rows], scales=packed.scales[rows]), block)
+        first = rows.stop
 
 
 def round_int8(weight: Tensor) -> tuple[Tensor, Tensor]:

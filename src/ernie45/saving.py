@@ -16,7 +16,7 @@ from ernie45.checkpoint.origin import Origin
 from ernie45.checkpoint.packing import PackPlan, plan_packing, write_packed
 from ernie45.checkpoint.passing_thread import on_passing_thread
 from ernie45.checkpoint.progress import byte_progress
-from ernie45.checkpoint.write import DEFAULT_SHARD_BYTES, named_folder
+from ernie45.checkpoint.write import DEFAULT_SHARD_BYTES, destination_folder
 from ernie45.errors import UnsupportedError
 from ernie45.presets import QuantPreset
 from ernie45.types.placement import Placement
@@ -26,7 +26,7 @@ def save_loaded(origin: Origin | None, folder: str | os.PathLike[str], *, progre
     """Write the model that was loaded from `origin`, None for a scripted one. See `ErnieModel.save_pretrained`."""
     if origin is None:
         raise UnsupportedError("a scripted model has no weights to save", hint="save one that was loaded")
-    destination = named_folder(folder)
+    destination = destination_folder(folder)
     origin.check_unchanged()
     save_checkpoint(
         origin.folder, destination, origin.preset, adapter=origin.adapter, dtype=origin.dtype, progress=progress
@@ -76,6 +76,6 @@ def save_checkpoint(
         ),
         lambda num_bytes: None,
     )
-    with byte_progress(f"Saving {folder.name}", plan.weight_bytes, show=progress) as advance:
+    with byte_progress(f"Saving {folder.name}", plan.files.weight_bytes, show=progress) as advance:
         on_passing_thread(lambda advance: write_packed(plan, folder, advance=advance), advance)
     return plan

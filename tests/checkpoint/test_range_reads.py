@@ -78,3 +78,16 @@ def test_many_threads_read_at_once(stored: tuple[Path, bytes]) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_pieces_are_read_at_once(stored: tuple[Path, bytes]) -> None:
+    path, content = stored
+    at_work: set[int] = set()
+
+    def advance(num_bytes: int) -> None:
+        at_work.add(threading.get_ident())
+        time.sleep(0.05)  # long enough for the other pieces to begin
+
+    assert RangeReader(advance).read(path, 0, memoryview(bytearray(len(content)))) == len(content)
+    assert len(at_work) == 3
+    assert threading.get_ident() not in at_work

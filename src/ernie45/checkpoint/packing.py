@@ -28,7 +28,7 @@ from ernie45.checkpoint.read import TORCH_DTYPES, BlockSource, PackedSource, Ten
 from ernie45.checkpoint.write import (
     DEFAULT_SHARD_BYTES,
     PARTIAL_SUFFIX,
-    Shard,
+    FolderFiles,
     Unit,
     check_apart,
     check_room,
@@ -86,23 +86,8 @@ class PackPlan:
     adapter: Adapter | None
     dtype: torch.dtype
     steps: tuple[_Step, ...]
-    shards: tuple[Shard, ...]
-    small_files: Mapping[str, bytes]
+    files: FolderFiles
     dropped: tuple[IgnoredTensor, ...]
-
-    @property
-    def file_names(self) -> tuple[str, ...]:
-        return (*(shard.file_name for shard in self.shards), *self.small_files)
-
-    @property
-    def weight_bytes(self) -> int:
-        """The size of all shards."""
-        return sum(shard.num_bytes for shard in self.shards)
-
-    @property
-    def num_bytes(self) -> int:
-        """The size of all files."""
-        return self.weight_bytes + sum(map(len, self.small_files.values()))
 
 
 def plan_packing(
@@ -161,8 +146,7 @@ def plan_packing(
         adapter=adapter,
         dtype=dtype,
         steps=steps,
-        shards=shards,
-        small_files=small_files,
+        files=FolderFiles(shards=shards, small_files=small_files),
         dropped=dropped,
     )
 
@@ -184,15 +168,15 @@ def write_packed(plan: PackPlan, folder: Path, *, advance: Advance = lambda num_
             raise InvalidRequestError(f"{folder} is not empty: it holds {found[0]}", hint="name a new or empty folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            check_room(folder, plan.num_bytes)
+            check_room(folder, plan.files.num_bytes)
             _write_shards(plan, folder, advance)
-            for shard in plan.shards:
+            for shard in plan.files.shards:
                 move_file(folder / (shard.file_name + PARTIAL_SUFFIX), folder / shard.file_name)
-            for name, content in plan.small_files.items():
+            for name, content in plan.files.small_files.items():
                 write_file(folder / name, content)
             sync_folder(folder)
         except BaseException:
-            for name in plan.file_names:
+            for name in plan.files.names:
                 for path in (folder / name, folder / (name + PARTIAL_SUFFIX)):
                     with suppress(OSError):
                         path.unlink()
@@ -205,7 +189,7 @@ def write_packed(plan: PackPlan, folder: Path, *, advance: Advance = lambda num_
 def _write_shards(plan: PackPlan, folder: Path, advance: Advance) -> None:
     places: dict[str, tuple[int, int]] = {}
     with ExitStack() as stack:
-        for shard in plan.shards:
+        for shard in plan.files.shards:
             path = folder / (shard.file_name + PARTIAL_SUFFIX)
             file = stack.enter_context(path.open("xb", buffering=0)).fileno()
             write_at(file, shard.header, 0)

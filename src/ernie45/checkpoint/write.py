@@ -93,6 +93,32 @@ class Shard:
         return len(self.header) + self.tensor_bytes
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FolderFiles:
+    """The files of a folder to write: shards of weights, and small files by name."""
+
+    shards: tuple[Shard, ...]
+    small_files: Mapping[str, bytes]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*(shard.file_name for shard in self.shards), *self.small_files)
+
+    @property
+    def num_tensors(self) -> int:
+        return sum(len(unit.rows) for shard in self.shards for unit in shard.units)
+
+    @property
+    def weight_bytes(self) -> int:
+        """The size of all shards."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of all files."""
+        return self.weight_bytes + sum(map(len, self.small_files.values()))
+
+
 def plan_units(index: CheckpointIndex, layout: Layout, names: Iterable[str], target: PtLayout) -> tuple[Unit, ...]:
     """Group the tensors of these -PT names into units, in the order of the model; `target` is the layout to write.
 
@@ -246,7 +272,7 @@ def move_file(source: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
-def named_folder(folder: str | os.PathLike[str]) -> Path:
+def destination_folder(folder: str | os.PathLike[str]) -> Path:
     """The folder to write to that a caller named, with its `~` expanded. Raises InvalidRequestError where none is."""
     name = os.fspath(folder) if isinstance(folder, (str, os.PathLike)) else folder
     if not isinstance(name, str) or not name.strip() or "\0" in name:

@@ -17,7 +17,7 @@ from ernie45.checkpoint.headers import INDEX_FILE, CheckpointIndex
 from ernie45.checkpoint.layouts import PtLayout
 from ernie45.checkpoint.open import Checkpoint, open_checkpoint, read_config
 from ernie45.checkpoint.survey import HeaderSurvey
-from ernie45.checkpoint.write import Shard, copied_files, index_json, plan_shards, plan_units
+from ernie45.checkpoint.write import FolderFiles, Shard, copied_files, index_json, plan_shards, plan_units
 from ernie45.commands.media_tokens import media_token_ids
 from ernie45.commands.transformers_config import check_transformers_holds, transformers_config
 from ernie45.errors import CorruptFileError, UnsupportedError
@@ -37,26 +37,10 @@ class ConversionPlan:
     """
 
     checkpoint: Checkpoint
-    shards: tuple[Shard, ...]
-    small_files: Mapping[str, bytes]
+    files: FolderFiles
     digest: str
     dropped: tuple[IgnoredTensor, ...]
     warnings: tuple[str, ...]
-
-    @property
-    def file_names(self) -> tuple[str, ...]:
-        """Every file but the checksums."""
-        return (*(shard.file_name for shard in self.shards), *self.small_files)
-
-    @property
-    def weight_bytes(self) -> int:
-        """The size of all shards."""
-        return sum(shard.num_bytes for shard in self.shards)
-
-    @property
-    def num_bytes(self) -> int:
-        """The size of all files but the checksums."""
-        return self.weight_bytes + sum(map(len, self.small_files.values()))
 
 
 def check_config(folder: Path) -> None:
@@ -96,8 +80,7 @@ def plan_conversion(folder: Path, *, max_shard_bytes: int) -> ConversionPlan:
     small_files = _small_files(folder, config, checkpoint, shards, tied="lm_head.weight" not in names)
     return ConversionPlan(
         checkpoint=checkpoint,
-        shards=shards,
-        small_files=small_files,
+        files=FolderFiles(shards=shards, small_files=small_files),
         digest=_digest(index, shards, small_files),
         dropped=dropped,
         warnings=tuple(_warnings(spec, names)),

@@ -21,9 +21,9 @@ from ernie45.checkpoint.write import (
     append_shard,
     check_apart,
     check_room,
+    destination_folder,
     disk_errors,
     move_file,
-    named_folder,
     sync_folder,
     write_file,
 )
@@ -109,7 +109,7 @@ def convert(
             "a conversion needs to know the preset, and quantization='auto' depends on the machine",
             hint="name one: 'none', 'int8' or 'int4'",
         )
-    folder = named_folder(destination)
+    folder = destination_folder(destination)
     source_folder = resolve(source, progress=progress, check=check_config)
     if preset != PRESETS["none"]:
         packed = save_checkpoint(source_folder, folder, preset, max_shard_bytes=max_shard_bytes, progress=progress)
@@ -123,13 +123,13 @@ def convert(
             journal = _begin(folder, plan)
             resumed_bytes = journal.num_bytes
             _write(folder, plan, journal, progress)
-        num_bytes = plan.num_bytes + (folder / CHECKSUM_FILE).stat().st_size
+        num_bytes = plan.files.num_bytes + (folder / CHECKSUM_FILE).stat().st_size
     return ConvertReport(
         source=str(source_folder),
         destination=str(folder),
         layout=plan.checkpoint.layout.name,
-        files=(*plan.file_names, CHECKSUM_FILE),
-        num_tensors=sum(len(unit.rows) for shard in plan.shards for unit in shard.units),
+        files=(*plan.files.names, CHECKSUM_FILE),
+        num_tensors=plan.files.num_tensors,
         num_bytes=num_bytes,
         dropped=plan.dropped,
         warnings=plan.warnings,
@@ -144,9 +144,9 @@ def _packed_report(plan: PackPlan, folder: Path, seconds: float) -> ConvertRepor
         source=str(plan.checkpoint.folder),
         destination=str(folder),
         layout=plan.checkpoint.layout.name,
-        files=plan.file_names,
-        num_tensors=sum(len(unit.rows) for shard in plan.shards for unit in shard.units),
-        num_bytes=plan.num_bytes,
+        files=plan.files.names,
+        num_tensors=plan.files.num_tensors,
+        num_bytes=plan.files.num_bytes,
         dropped=plan.dropped,
         warnings=(),
         resumed_bytes=0,
@@ -164,8 +164,8 @@ def _is_finished(folder: Path, plan: ConversionPlan) -> bool:
         raise InvalidRequestError(
             f"{folder} holds another checkpoint, or this one in files of another size", hint="name a new folder"
         )
-    sizes = {shard.file_name: shard.num_bytes for shard in plan.shards}
-    sizes |= {name: len(content) for name, content in plan.small_files.items()}
+    sizes = {shard.file_name: shard.num_bytes for shard in plan.files.shards}
+    sizes |= {name: len(content) for name, content in plan.files.small_files.items()}
     for name, num_bytes in sizes.items():
         _check_size(folder / name, num_bytes)
     return True
@@ -177,16 +177,17 @@ def _begin(folder: Path, plan: ConversionPlan) -> Journal:
     journal = open_journal(folder, plan.digest)
     ours = {JOURNAL_FILE + PARTIAL_SUFFIX}
     if journal is not None:
-        whole = {shard.file_name for shard in plan.shards if journal.mark(shard.file_name).num_bytes == shard.num_bytes}
-        ours |= {JOURNAL_FILE, CHECKSUM_FILE, *plan.small_files, *whole}
-        ours |= {name + PARTIAL_SUFFIX for name in (*plan.file_names, CHECKSUM_FILE)}
+        shards = plan.files.shards
+        whole = {shard.file_name for shard in shards if journal.mark(shard.file_name).num_bytes == shard.num_bytes}
+        ours |= {JOURNAL_FILE, CHECKSUM_FILE, *plan.files.small_files, *whole}
+        ours |= {name + PARTIAL_SUFFIX for name in (*plan.files.names, CHECKSUM_FILE)}
     foreign = sorted(path.name for path in folder.iterdir() if path.name not in ours)
     if foreign:
         shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise InvalidRequestError(
             f"{folder} holds files that are not of this conversion: {shown}", hint="name a new or empty folder"
         )
-    check_room(folder, plan.num_bytes - (journal.num_bytes if journal is not None else 0))
+    check_room(folder, plan.files.num_bytes - (journal.num_bytes if journal is not None else 0))
     if journal is None:
         journal = Journal(folder, plan.digest, {})
         journal.save()
@@ -195,15 +196,15 @@ def _begin(folder: Path, plan: ConversionPlan) -> Journal:
 
 def _write(folder: Path, plan: ConversionPlan, journal: Journal, progress: bool) -> None:
     checkpoint = plan.checkpoint
-    reader = UnitReader(TensorReader(checkpoint.index, checkpoint.layout), plan.shards)
-    with byte_progress(f"Converting {checkpoint.folder.name}", plan.weight_bytes, show=progress) as advance:
+    reader = UnitReader(TensorReader(checkpoint.index, checkpoint.layout), plan.files.shards)
+    with byte_progress(f"Converting {checkpoint.folder.name}", plan.files.weight_bytes, show=progress) as advance:
         advance(journal.num_bytes)
-        for shard in plan.shards:
+        for shard in plan.files.shards:
             _write_shard(folder / shard.file_name, shard, journal, reader, advance)
-    for name, content in plan.small_files.items():
+    for name, content in plan.files.small_files.items():
         write_file(folder / name, content)
-    sums = {name: hashlib.sha256(content).hexdigest() for name, content in plan.small_files.items()}
-    sums |= {shard.file_name: journal.mark(shard.file_name).sha256 for shard in plan.shards}
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in plan.files.small_files.items()}
+    sums |= {shard.file_name: journal.mark(shard.file_name).sha256 for shard in plan.files.shards}
     lines = [_first_line(plan), *(f"{sums[name]}  {name}" for name in sorted(sums))]
     write_file(folder / CHECKSUM_FILE, ("\n".join(lines) + "\n").encode())
     journal.remove()

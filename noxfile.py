@@ -66,6 +66,7 @@ def minimums(session: nox.Session) -> None:
     """Run the quick tests on the oldest versions allowed (downloads several GB)."""
     oldest = [requirement.replace(">=", "==") for requirement in PYPROJECT["project"]["dependencies"]]
     install_once(session, "python", *oldest, "--editable", ".", *group("test"))
+    compile_kernels(session, "python")
     session.run("pytest", "-m", "not slow", *session.posargs)
 
 
@@ -88,7 +89,13 @@ def prepare_torch_venv(session: nox.Session, *groups: str) -> str:
     # First and pinned: a range left to pip takes the newest build, several GB of CUDA on Linux.
     install_once(session, str(python), TORCH)
     install_once(session, str(python), "--editable", ".", *(name for each in groups for name in group(each)))
+    compile_kernels(session, str(python))
     return str(python)
+
+
+def compile_kernels(session: nox.Session, python: str) -> None:
+    """Compile what has changed in csrc/ since the package was installed; without a compiler, go on."""
+    session.run(python, "csrc/build.py", success_codes=[0, 1])
 
 
 def install_once(session: nox.Session, python: str, *arguments: str) -> None:

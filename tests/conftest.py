@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from ernie45 import ErnieModel
+    from ernie45.kernels.native import Kernels
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,6 +42,32 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket.socket, "connect_ex", refuse)
+
+
+@pytest.fixture
+def without_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The torch implementations serve, as they do where no native library was built."""
+    from ernie45.kernels import library
+    from ernie45.kernels.native import kernels
+
+    monkeypatch.setattr(library, "_loaded", lambda: "no library was built")
+    kernels.cache_clear()
+    yield
+    kernels.cache_clear()
+
+
+@pytest.fixture
+def native() -> Iterator[Kernels]:
+    """The native kernels; afterwards they use the instruction set and the threads that they use at first."""
+    from ernie45.kernels import library
+    from ernie45.kernels.native import kernels
+
+    found = kernels()
+    if found is None:
+        pytest.skip(f"no native kernels: {library.why_not()}")
+    yield found
+    library.use_instruction_set(library.instruction_sets()[0])
+    library.set_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session")

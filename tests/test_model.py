@@ -24,8 +24,11 @@ def open_model(folder: Path, **options: Any) -> ErnieModel:
 
 
 def without_times(result: Any) -> Any:
-    """The result less what no two runs have in common: times, and the last digits of log-probabilities."""
-    usage = dataclasses.replace(result.usage, seconds=0.0, seconds_to_first_token=None, tokens_per_second=None)
+    """The result less what no two runs have in common: times, what was taken over from the run before, and the last
+    digits of log-probabilities."""
+    usage = dataclasses.replace(
+        result.usage, cached_tokens=0, seconds=0.0, seconds_to_first_token=None, tokens_per_second=None
+    )
     return dataclasses.replace(result, usage=usage, logprobs=None)
 
 

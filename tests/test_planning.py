@@ -254,9 +254,29 @@ def test_weights_whose_quantisation_is_not_read_are_refused(make_checkpoint: Mak
         plan(folder)
 
 
+def test_native_kernels_count_where_they_serve(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+    stored = make_checkpoint(tmp_path / "gptq", quantization_config=gptq)
+    cases: list[tuple[Any, dict[str, Any]]] = [
+        ("tiny-dense", {"quantization": "int4"}),
+        ("tiny-dense", {"device": "cuda", "memory": {"cuda:0": "1GiB"}}),
+        ("tiny-dense", {"device": "auto", "memory": {"cuda:0": "1GiB", "cpu": "1GiB"}}),
+        (stored, {}),
+    ]
+    workspaces = []
+    for library in (object(), None):
+        monkeypatch.setattr("ernie45.planning.native_library", lambda library=library: library)
+        workspaces.append([plan(name, **options).workspace_bytes for name, options in cases])
+    there, gone = workspaces
+    assert there[0] < gone[0]
+    assert there[1:] == gone[1:]
+
+
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("as_folder", [False, True])
-def test_pictures_have_the_limit_of_the_processors_files(as_folder: bool, tmp_path: Path) -> None:
+def test_pictures_have_the_limit_of_the_processors_files(as_folder: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """50,176 pixels in tiny-vl; the published limit is far higher."""
     asked: dict[str, Any] = {"context_tokens": 64, "max_batch": 1, "quantization": "none"}
     shipped = built_in_folder(find("tiny-vl"))
@@ -264,7 +284,9 @@ def test_pictures_have_the_limit_of_the_processors_files(as_folder: bool, tmp_pa
     with ErnieModel.from_pretrained(name, device="cpu", dtype="bfloat16", progress=False, **asked) as model:
         assert model.load_report.max_pixels == 50_176
         assert plan(name, **asked).workspace_bytes == model.plan.workspace_bytes
-    assert plan(name, device="cuda", memory={"cuda:0": "1GiB"}, **asked).workspace_bytes == model.plan.workspace_bytes
+    monkeypatch.setattr("ernie45.planning.native_library", lambda: None)
+    on_cuda = plan(name, device="cuda", memory={"cuda:0": "1GiB"}, **asked)
+    assert on_cuda.workspace_bytes == plan(name, **asked).workspace_bytes
 
 
 QUANTISED = {**CONFIG, **EXPERTS, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "use_bias": True}

@@ -96,6 +96,8 @@ def test_usage_is_computed_from_the_events() -> None:
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (3, 4, 7)
     assert (usage.seconds_to_first_token, usage.seconds) == (1.0, 4.0)
     assert usage.tokens_per_second == pytest.approx(1.0)
+    warm = TokenEvent(token_id=5, finish_reason="stop", cached_tokens=2)
+    assert collect([reply_of(ByHand(warm))])[0].usage.cached_tokens == 2
     alone = collect([reply_of(ByHand(*events_of([5])))])[0].usage
     assert (alone.seconds_to_first_token, alone.tokens_per_second) == (1.0, None)
     none = collect([reply_of(ByHand(TokenEvent(finish_reason="cancelled", seconds=2.0)))])[0]

@@ -1,5 +1,5 @@
 """The `ernie45` command: `generate` completes a text, `chat` talks, `models` lists what is known by name, `plan` says
-what a model takes in memory, `convert` and `verify` work on checkpoint folders.
+what a model takes in memory, `convert` and `verify` work on checkpoint folders, `doctor` says what this machine has.
 
 Replies are streamed to standard output, reasoning to standard error.
 """
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ernie45.commands.arguments import add_convert, add_verify
+from ernie45.commands.bench_arguments import add_bench
 from ernie45.commands.plan import add_memory_limit, add_memory_options, add_plan, memory_limit
 from ernie45.commands.quality_arguments import add_quality
 from ernie45.errors import ErnieError, UnsupportedError
@@ -90,6 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     add_convert(commands)
     add_verify(commands)
     add_quality(commands)
+    add_bench(commands)
+
+    doctor = commands.add_parser("doctor", help="what this installation and this machine have, and what is missing")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -257,6 +263,14 @@ def _fit_model(info: ModelInfo, limit: dict[str, str]) -> list[str]:
     if plan.verdict == "fits":
         return [*row, plan.preset, peak, f"{plan.longest_context_tokens:,}"]
     return [*row, f"streams as {plan.preset}" if plan.verdict == "streams" else "-", peak, "-"]
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from ernie45.commands.doctor import diagnose
+
+    diagnosis = diagnose()
+    print(diagnosis.to_json() if options.json else diagnosis)
+    return 0
 
 
 def _print_table(table: Sequence[Sequence[str]]) -> None:

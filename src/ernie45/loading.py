@@ -16,7 +16,6 @@ from ernie45.backends.base import Backend, BuildOptions
 from ernie45.backends.registry import Architecture, find_architecture
 from ernie45.checkpoint.adapter import AdaptedSource, Adapter, read_adapter
 from ernie45.checkpoint.gptq_config import read_gptq_config
-from ernie45.checkpoint.headers import read_json
 from ernie45.checkpoint.open import Checkpoint, open_checkpoint, open_source, open_survey, read_config
 from ernie45.checkpoint.origin import Origin
 from ernie45.checkpoint.passing_thread import on_passing_thread
@@ -24,7 +23,18 @@ from ernie45.checkpoint.progress import byte_progress
 from ernie45.checkpoint.resolve import resolve
 from ernie45.checkpoint.survey import HeaderSurvey
 from ernie45.devices import check_dtype_name, choose_device, choose_dtype
-from ernie45.errors import InvalidRequestError, ModelNotFoundError, TokenizerError, UnsupportedError
+from ernie45.drafts import (
+    Draft,
+    build_speculation,
+    check_draft,
+    check_draft_model,
+    check_mtp,
+    draft_needs,
+    is_model,
+    model_needs,
+)
+from ernie45.engine.speculation.speculation import Speculation
+from ernie45.errors import InvalidRequestError, ModelNotFoundError, UnsupportedError
 from ernie45.kernels.bitsandbytes import check_bitsandbytes
 from ernie45.memory.budget import DTYPE_BYTES, KVDtype, MemoryLimit, check_kv_dtype, parse_limits
 from ernie45.memory.estimate import estimate_sites
@@ -34,20 +44,20 @@ from ernie45.memory.plan import MemoryPlan
 from ernie45.memory.planner import choose_preset, make_plan
 from ernie45.memory.remedies import refusal
 from ernie45.memory.sizing import PlanRequest
-from ernie45.planning import settle_preset, stored_preset, usable_devices
+from ernie45.planning import has_native_kernels, settle_preset, stored_preset, usable_devices
 from ernie45.presets import PRESETS, QuantPreset, WeightPart, find_preset
 from ernie45.prompting import VisionInput
 from ernie45.prompting.vision_input import read_vision_input
 from ernie45.runners.base import Runner
 from ernie45.runners.local import LocalRunner
-from ernie45.spec import DtypeName, GenerationDefaults, ModelSpec, parse_generation_defaults
-from ernie45.tokenizer import ChatTemplate, Tokenizer, load_template, load_tokenizer
+from ernie45.spec import DtypeName, GenerationDefaults, ModelSpec
+from ernie45.text_side import find_stop_token_ids, load_text_side, read_generation_defaults
+from ernie45.tokenizer import ChatTemplate, Tokenizer
 from ernie45.types.limits import MediaLimits
 from ernie45.types.placement import Placement
 from ernie45.types.reports import IgnoredTensor, LoadReport
 from ernie45.types.stats import ModelStats, StageClock
 
-_END_TOKENS = ("</s>", "<|end_of_sentence|>", "<|im_end|>")
 _DTYPE_NAMES: Mapping[torch.dtype, DtypeName] = MappingProxyType(
     {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 )
@@ -56,7 +66,7 @@ _DTYPE_NAMES: Mapping[torch.dtype, DtypeName] = MappingProxyType(
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedModel:
     """Everything the facade needs. `tokenizer` and `template` are None for a folder without tokenizer files, `vision`
-    for a model that reads text only, `plan` for one that runs a script."""
+    for a model that reads text only, `plan` for one that runs a script, `speculation` without a draft."""
 
     name: str
     spec: ModelSpec
@@ -70,6 +80,7 @@ class LoadedModel:
     vision: VisionInput | None = None
     plan: MemoryPlan | None = None
     stats: ModelStats | None = None
+    speculation: Speculation | None = None
     origin: Origin | None = None
 
 
@@ -84,6 +95,8 @@ class LoadOptions:
     context_tokens: int | None
     max_batch: int | None
     kv_dtype: KVDtype
+    prefix_cache: bool
+    draft: Draft
     adapter: str | os.PathLike[str] | None
     max_pixels: int | None
     media_limits: MediaLimits | None
@@ -99,6 +112,7 @@ def load(name_or_path: str | os.PathLike[str], options: LoadOptions) -> LoadedMo
     find_preset(options.quantization)
     check_dtype_name(options.dtype)
     check_kv_dtype(options.kv_dtype)
+    check_draft(options.draft)
     choose_device(options.device)
     devices = within_host(usable_devices(options.device, parse_limits(options.memory)), host_bytes().most_bytes)
     for device in devices:
@@ -115,9 +129,11 @@ def load(name_or_path: str | os.PathLike[str], options: LoadOptions) -> LoadedMo
             progress=options.progress,
             check=lambda folder: _check_config(folder, str(name_or_path), options, devices=devices),
         )
+        draft_folder = _draft_folder(options)
     with clock.stage("check"):
-        checked = _check(folder, str(name_or_path), options, devices=devices, adapter=lora)
-    return _load_checked(checked, str(name_or_path), options, clock)
+        draft = None if draft_folder is None else _check_draft_model(draft_folder, options, devices)
+        checked = _check(folder, str(name_or_path), options, devices=devices, adapter=lora, draft=draft)
+    return _load_checked(checked, draft, str(name_or_path), options, clock)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,6 +158,7 @@ def _check(
     *,
     devices: tuple[DeviceMemory, ...],
     adapter: Adapter | None,
+    draft: _Checked | None = None,
 ) -> _Checked:
     """Everything that can be checked without reading a weight."""
     config = read_config(folder)
@@ -149,12 +166,17 @@ def _check(
     spec = architecture.parse_spec(config)
     _check_preset(architecture, spec, options)
     checkpoint = open_checkpoint(folder, config, spec)
-    defaults = _generation_defaults(folder)
+    defaults = read_generation_defaults(folder)
     device = torch.device(devices[0].name)
     vision = _vision_input(folder, spec, options, device)
     stored = spec.dtype or checkpoint.index.main_dtype
     request = _request(name, config, spec, options, devices=devices, stored_dtype=stored, vision=vision)
-    dry = _dry_build(architecture, checkpoint, adapter, request)
+    if draft is None:
+        needs = draft_needs(options.draft, request)
+    else:
+        needs = model_needs(draft.checkpoint.spec, draft.dry.plan, options.kv_dtype)
+    request = replace(request, draft=needs)
+    dry = _dry_build(architecture, checkpoint, adapter, request, mtp=options.draft == "mtp")
     ignored = checkpoint.account_for(dry.survey.unread())
     _check_plan(dry.plan, options)
     return _Checked(
@@ -170,13 +192,20 @@ def _check(
     )
 
 
-def _load_checked(checked: _Checked, name: str, options: LoadOptions, clock: StageClock) -> LoadedModel:
+def _load_checked(
+    checked: _Checked, draft: _Checked | None, name: str, options: LoadOptions, clock: StageClock
+) -> LoadedModel:
     checkpoint, dry, plan = checked.checkpoint, checked.dry, checked.dry.plan
     spec = checkpoint.spec
     with clock.stage("tokenizer"):
-        tokenizer, template = _text_side(checkpoint.folder, spec)
+        tokenizer, template = load_text_side(checkpoint.folder, spec)
+        if draft is not None:
+            draft_tokenizer, _ = load_text_side(draft.checkpoint.folder, draft.checkpoint.spec)
+            check_draft_model(spec, tokenizer, draft.checkpoint.spec, draft_tokenizer, draft.checkpoint.folder)
     with clock.stage("weights"):
         backend = _build(checked, show=options.progress)
+        draft_backend = None if draft is None else _build(_beside(draft, plan), show=options.progress)
+        speculation = build_speculation(options.draft, backend, draft_backend, plan, options.kv_dtype)
     with clock.stage("engine"):
         runner = LocalRunner(
             backend,
@@ -185,6 +214,8 @@ def _load_checked(checked: _Checked, name: str, options: LoadOptions, clock: Sta
             num_token_ids=tokenizer.size if tokenizer is not None else spec.vocab_size,
             kv_dtype=options.kv_dtype,
             placement=plan.placement,
+            prefix_cache=options.prefix_cache,
+            speculation=speculation,
         )
     stats = ModelStats(load_stages=clock.seconds, read_bytes=dry.survey.read_bytes)
     return LoadedModel(
@@ -195,10 +226,11 @@ def _load_checked(checked: _Checked, name: str, options: LoadOptions, clock: Sta
         template=template,
         vision=checked.vision,
         defaults=checked.defaults,
-        stop_token_ids=_stop_token_ids(spec, checked.defaults, tokenizer),
+        stop_token_ids=find_stop_token_ids(spec, checked.defaults, tokenizer),
         context_tokens=plan.context_tokens,
         plan=plan,
         stats=stats,
+        speculation=speculation,
         origin=checked.origin,
         report=LoadReport(
             folder=str(checkpoint.folder),
@@ -246,6 +278,7 @@ def _request(
         free_disk_bytes=parse_limits(options.memory).disk_bytes,
         max_pixels=None if vision is None else vision.max_pixels,
         is_stored_quantised=stored is not None,
+        native=has_native_kernels(devices, stored),
     )
 
 
@@ -264,9 +297,13 @@ def _dry_build(
     checkpoint: Checkpoint,
     adapter: Adapter | None,
     request: PlanRequest,
+    *,
+    mtp: bool,
 ) -> _DryBuild:
     """Build on the "meta" device: raises whatever would stop the real build."""
     source, survey = open_survey(checkpoint, adapter)
+    if mtp:
+        check_mtp(architecture.build, source, checkpoint.folder)
     request = replace(request, has_own_head="lm_head.weight" in source or request.spec.tied is False)
     if not architecture.follows_options:
         request = replace(request, preset=PRESETS["none"], devices=request.devices[:1])
@@ -277,6 +314,7 @@ def _dry_build(
         # What GPTQ has left out stays as it is.
         preset=preset if checkpoint.gptq is None else QuantPreset(name=preset.name),
         context_tokens=1,
+        mtp=mtp,
     )
     weights = architecture.build(request.spec, source, options).weight_bytes
     if isinstance(source, AdaptedSource):
@@ -284,6 +322,42 @@ def _dry_build(
     plan = make_plan(replace(request, preset=preset, weights=weights))
     options = replace(options, placement=plan.placement, context_tokens=plan.context_tokens)
     return _DryBuild(survey=survey, weights=weights, options=options, plan=plan)
+
+
+def _draft_folder(options: LoadOptions) -> Path | None:
+    """Where the model that guesses lies, downloaded where need be."""
+    if options.draft is None or not is_model(options.draft):
+        return None
+    return resolve(
+        options.draft,
+        revision=None,
+        cache_dir=options.cache_dir,
+        local_files_only=options.local_files_only,
+        token=options.token,
+        progress=options.progress,
+        check=lambda folder: None,
+    )
+
+
+def _check_draft_model(folder: Path, options: LoadOptions, devices: tuple[DeviceMemory, ...]) -> _Checked:
+    """A model that guesses. It has the preset that was asked for; on a CPU "auto" is int8, since nothing but speed
+    depends on its quality."""
+    quantization = "int8" if options.quantization == "auto" and devices[0].kind == "cpu" else options.quantization
+    if stored_preset(read_config(folder)) is not None:
+        quantization = "none"  # as it is stored
+    options = replace(options, draft=None, quantization=quantization, context_tokens=None, max_batch=1)
+    return _check(folder, str(folder), options, devices=devices[:1], adapter=None)
+
+
+def _beside(draft: _Checked, plan: MemoryPlan) -> _Checked:
+    """The draft with room for the contexts of a plan, beside the embedding of its model."""
+    spec = draft.checkpoint.spec
+    options = replace(
+        draft.dry.options,
+        placement=Placement.on(plan.placement.embedding, spec.num_layers),
+        context_tokens=min(plan.context_tokens, spec.max_context_tokens),
+    )
+    return replace(draft, dry=replace(draft.dry, options=options))
 
 
 def _build(checked: _Checked, *, show: bool) -> Backend:
@@ -365,26 +439,3 @@ def _vision_input(folder: Path, spec: ModelSpec, options: LoadOptions, device: t
         max_pixels=options.max_pixels,
         media_limits=options.media_limits,
     )
-
-
-def _generation_defaults(folder: Path) -> GenerationDefaults:
-    path = folder / "generation_config.json"
-    return parse_generation_defaults(read_json(path) if path.is_file() else {})
-
-
-def _text_side(folder: Path, spec: ModelSpec) -> tuple[Tokenizer | None, ChatTemplate | None]:
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is None:
-        return None, None
-    if tokenizer.size > spec.vocab_size:
-        raise TokenizerError(
-            f"the tokenizer has {tokenizer.size} tokens, but the model only {spec.vocab_size}",
-            hint="the tokenizer files in the folder belong to another model",
-        )
-    return tokenizer, load_template(folder)
-
-
-def _stop_token_ids(spec: ModelSpec, defaults: GenerationDefaults, tokenizer: Tokenizer | None) -> frozenset[int]:
-    """Replies end with `</s>`; `<|end_of_sentence|>`, which closes turns in a history, ends them as well."""
-    named = [tokenizer.token_id(token) for token in _END_TOKENS] if tokenizer is not None else []
-    return frozenset((*spec.eos_token_ids, *defaults.eos_token_ids, *(i for i in named if i is not None)))

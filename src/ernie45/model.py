@@ -6,11 +6,13 @@ import asyncio
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, final
 
 from typing_extensions import Self, Unpack
 
 from ernie45.dispatch import Dispatcher
+from ernie45.drafts import Draft
 from ernie45.errors import InvalidRequestError, UnsupportedError
 from ernie45.loading import LoadedModel, LoadOptions, load
 from ernie45.memory.budget import KVDtype, MemoryLimit
@@ -87,6 +89,8 @@ class ErnieModel:
         context_tokens: int | None = None,
         max_batch: int | None = None,
         kv_dtype: KVDtype = "auto",
+        prefix_cache: bool = True,
+        draft: Draft = None,
         adapter: str | os.PathLike[str] | None = None,
         max_pixels: int | None = None,
         media_limits: MediaLimits | None = None,
@@ -107,6 +111,11 @@ class ErnieModel:
             context_tokens: longest prompt + reply in tokens; None is 8192, the model's maximum or what fits.
             max_batch: how many requests run at a time, others wait; None is 32 or what fits.
             kv_dtype: of the KV cache; "auto" is the model's dtype, "int8" takes about half of that.
+            prefix_cache: whether a prompt takes over what the KV cache still holds of one that began like it. It needs
+                no memory of its own; of old prompts and replies, keys and values stay there until overwritten.
+            draft: what guesses tokens, so that one step may check several: "lookup" copies from the prompt, "mtp" is
+                the checkpoint's own head, a name or folder loads a small model with the same tokenizer. Replies stay
+                the same, and a sequence stops guessing where that loses time.
             adapter: folder of a LoRA adapter that PEFT saved; it is merged into the weights while they are read.
             max_pixels: most pixels a picture is resized to (a frame of a clip at most to the checkpoint's own limit);
                 None is the checkpoint's, on a CPU 802,816 (`preview` says what a picture costs).
@@ -131,6 +140,8 @@ class ErnieModel:
             context_tokens=context_tokens,
             max_batch=max_batch,
             kv_dtype=kv_dtype,
+            prefix_cache=prefix_cache,
+            draft=draft,
             adapter=adapter,
             max_pixels=max_pixels,
             media_limits=media_limits,
@@ -340,10 +351,18 @@ class ErnieModel:
 
     @property
     def stats(self) -> ModelStats:
-        """Where the time of loading went. Raises UnsupportedError for a scripted model."""
+        """Where the time of loading went, and how many guessed tokens were right so far.
+
+        Raises UnsupportedError for a scripted model.
+        """
         if self._loaded.stats is None:
             raise UnsupportedError("a scripted model was not loaded", hint="ask a model that was")
-        return self._loaded.stats
+        guessed = self._loaded.speculation
+        if guessed is None:
+            return self._loaded.stats
+        return replace(
+            self._loaded.stats, draft_tokens=guessed.num_proposed, accepted_draft_tokens=guessed.num_accepted
+        )
 
     @property
     def load_report(self) -> LoadReport:

@@ -17,6 +17,7 @@ from ernie45.checkpoint.packed_config import read_packed_config
 from ernie45.checkpoint.quantized_releases import refuse_by_config, refuse_by_name, refuse_by_tensors
 from ernie45.checkpoint.resolve import named_folder
 from ernie45.errors import InvalidRequestError, ModelNotFoundError, UnsupportedError
+from ernie45.kernels.library import native_library
 from ernie45.memory.budget import (
     CPU_MAX_PIXELS,
     DTYPE_BYTES,
@@ -101,6 +102,7 @@ def plan_memory(
             weights=_stored_weights(model, DTYPE_BYTES[planned]),
             max_pixels=_max_pixels(model, on_cpu=devices[0].kind == "cpu"),
             is_stored_quantised=model.stored is not None,
+            native=has_native_kernels(devices, model.stored),
             notes=(*model.notes, *notes),
         )
     )
@@ -131,6 +133,12 @@ def stored_preset(config: Mapping[str, Any]) -> QuantPreset | None:
         ConfigError: an entry of the wrong type.
     """
     return read_packed_config(config) or (None if read_gptq_config(config) is None else _GPTQ)
+
+
+def has_native_kernels(devices: tuple[DeviceMemory, ...], stored: QuantPreset | None) -> bool:
+    """Whether the native kernels serve these devices, which CPUs alone are, and weights `stored` so: they do not know
+    GPTQ's codes."""
+    return all(one.kind == "cpu" for one in devices) and stored != _GPTQ and native_library() is not None
 
 
 def settle_preset(asked: QuantPreset | None, stored: QuantPreset | None) -> QuantPreset | None:

@@ -17,9 +17,9 @@ Part = Literal["embedding", "head", "attention", "dense_mlp", "routed_experts", 
 
 WeightPart = Literal[
     "embedding", "head", "attention", "dense_mlp", "routed_experts", "shared_experts", "router", "norms", "vision",
-    "scales",
+    "scales", "draft",
 ]  # fmt: skip
-"""What weights are counted by. Scales of quantised matrices stand by themselves."""
+"""What weights are counted by. Scales of quantised matrices stand by themselves; "draft" is all that only guesses."""
 
 INT4_GROUP = 32
 """Columns of a row that share a scale in "int4". A matrix whose rows do not divide into groups is kept as "int8"."""

@@ -47,8 +47,11 @@ class Reply:
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._finish_reason: FinishReason = "cancelled"
+        self._cached_tokens = 0
         self._first_seconds: float | None = None
         self._seconds = 0.0
+        self._draft_tokens = 0
+        self._accepted_draft_tokens = 0
 
     def poll(self) -> ChatChunk | None:
         """The next chunk, or None if there is none yet. Not to be called once `finished`."""
@@ -86,6 +89,8 @@ class Reply:
                 deltas.append(self._assembler.finish())
                 reason = "stop" if self._assembler.stopped else reason
         self._seconds = event.seconds
+        self._cached_tokens = event.cached_tokens
+        self._draft_tokens, self._accepted_draft_tokens = event.draft_tokens, event.accepted_draft_tokens
         if new_ids and self._first_seconds is None:
             self._first_seconds = event.seconds
         self._deltas += deltas
@@ -111,6 +116,9 @@ class Reply:
         return Usage(
             prompt_tokens=self._prompt_tokens,
             completion_tokens=num_tokens,
+            cached_tokens=self._cached_tokens,
+            draft_tokens=self._draft_tokens,
+            accepted_draft_tokens=self._accepted_draft_tokens,
             seconds_to_first_token=self._first_seconds,
             seconds=self._seconds,
             tokens_per_second=rate,

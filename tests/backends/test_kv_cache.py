@@ -56,6 +56,23 @@ def test_what_is_written_is_read_in_its_layer_and_slot(kv_dtype: KVDtype) -> Non
             assert (error <= wrote[:8].abs().amax(dim=-1) * (0 if kv_dtype == "auto" else 0.503 / 127)).all()
 
 
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_a_prefix_is_copied_bit_by_bit_in_every_layer_and_nothing_else(kv_dtype: KVDtype) -> None:
+    cache = allocate(kv_dtype)
+    for layer in (0, 1):
+        for slot in (0, 1, 2):
+            write(cache, slot, *random_heads(9, seed=10 * layer + slot), layer=layer)
+    before = {(layer, slot): [x.clone() for x in cache.read(layer, slot, 9)] for layer in (0, 1) for slot in (0, 1, 2)}
+    cache.copy_prefix(2, 0, 6, start=2)
+    for (layer, slot), expected in before.items():
+        for now, own, copied in zip(cache.read(layer, slot, 9), expected, before[layer, 2], strict=True):
+            assert torch.equal(now[:, :2], own[:, :2])
+            assert torch.equal(now[:, 2:6], (copied if slot == 0 else own)[:, 2:6])
+            assert torch.equal(now[:, 6:], own[:, 6:])
+    cache.copy_prefix(1, 0, 4)
+    assert torch.equal(cache.read(1, 0, 4)[0], before[1, 1][0][:, :4])
+
+
 def test_in_the_arithmetics_dtype_reading_copies_nothing() -> None:
     cache = allocate("auto")
     keys, values = cache.read(0, 1, 5)

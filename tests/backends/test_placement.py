@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ernie45.backends.base import Batch, BuildOptions, VisionTokens
-from ernie45.backends.decoder import DenseMLP, ExpertMLP
+from ernie45.backends.decoder import DenseMLP, ExpertMLP, NormedHead, Stage
 from ernie45.backends.kv_cache import DenseStore, KVCache
 from ernie45.backends.text import TextBackend, build_text
 from ernie45.backends.vision_language import VisionLanguageBackend, build_vision_language
@@ -132,28 +132,26 @@ class Stored(RandomTensors):
         out.copy_(torch.randn(out.shape, generator=generator) * (0.5 if out.dim() == 1 else 0.1))
 
 
-def build(case: Case) -> TextBackend | VisionLanguageBackend:
-    options = BuildOptions(
-        dtype=torch.float32, placement=case.placement, preset=PRESETS[case.preset], context_tokens=64
-    )
+def build(case: Case, dtype: torch.dtype = torch.float32) -> TextBackend | VisionLanguageBackend:
+    options = BuildOptions(dtype=dtype, placement=case.placement, preset=PRESETS[case.preset], context_tokens=64)
     source = Stored(*["lm_head.weight"] * case.head)
     return (build_text if case.shape.vision is None else build_vision_language)(case.shape, source, options)
 
 
-def allocate(case: Case) -> KVCache:
+def allocate(case: Case, dtype: torch.dtype = torch.float32) -> KVCache:
     return KVCache.allocate(
         case.shape,
         num_slots=2,
         context_tokens=64,
-        dtype=torch.float32,
+        dtype=dtype,
         kv_dtype=case.kv_dtype,
         placement=case.placement,
     )
 
 
-def logits(case: Case) -> list[Tensor]:
+def logits(case: Case, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Of two rows' prompts, the second with a picture where the model sees, and of a step that decodes both."""
-    backend, cache = build(case), allocate(case)
+    backend, cache = build(case, dtype), allocate(case, dtype)
     rows = ({0: ([5, 6, 7], 0)}, {1: (list(range(20)), 0)}, {0: ([8], 3), 1: ([9], 20)})
     batches = [batch_of(parts, cache) for parts in rows]
     if isinstance(backend, VisionLanguageBackend):
@@ -175,6 +173,7 @@ def with_picture(batch: Batch, backend: VisionLanguageBackend) -> Batch:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("without_library")
 def test_a_split_gives_the_bits_of_one_device_and_every_tensor_is_moved_where_it_is_used(name: str) -> None:
     case = CASES[name]
     expected = logits(replace(case, placement=Placement.on("cpu", case.shape.num_layers)))
@@ -185,6 +184,21 @@ def test_a_split_gives_the_bits_of_one_device_and_every_tensor_is_moved_where_it
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("preset", ["none", "int8", "int4"])
+@pytest.mark.parametrize(("shape", "layers", "experts"), [(DENSE, "010", ""), (MOE, "011", "010"), (MOE, "000", "111")])
+@pytest.mark.usefixtures("native")
+def test_a_split_gives_the_bits_of_one_device_on_the_native_kernels(
+    shape: ModelSpec, layers: str, experts: str, preset: str, kv_dtype: KVDtype
+) -> None:
+    placement = placed(layers, experts, embedding=0, head=0)
+    case = Case(shape=shape, placement=placement, preset=preset, kv_dtype=kv_dtype)
+    whole = replace(case, placement=Placement.on("cpu", case.shape.num_layers))
+    for one, other in zip(logits(case, torch.bfloat16), logits(whole, torch.bfloat16), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("without_library")
 def test_a_forgotten_move_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["dense, tied"]
     monkeypatch.setattr(Batch, "to", lambda batch, device: batch)
@@ -205,6 +219,7 @@ def weights_of(part: DenseMLP | Linear) -> Iterable[Tensor]:
 
 
 @pytest.mark.parametrize("name", ["dense, tied", "experts of one layer elsewhere", "pictures"])
+@pytest.mark.usefixtures("without_library")
 def test_each_part_is_built_on_its_device(name: str) -> None:
     case = CASES[name]
     options = BuildOptions(dtype=torch.float32, placement=case.placement, preset=PRESETS["none"], context_tokens=64)
@@ -217,8 +232,10 @@ def test_each_part_is_built_on_its_device(name: str) -> None:
         decoder = WeightBuilder(case.shape, Stored(), options).decoder()
         assert isinstance(decoder.embedding, DenseEmbedding)
         note("embedding", decoder.embedding.weight)
-        note("head", decoder.norm.weight, *weights_of(decoder.head))
+        assert isinstance(decoder.head, NormedHead)
+        note("head", decoder.head.norm.weight, *weights_of(decoder.head.linear))
         for stage in decoder.stages:
+            assert isinstance(stage, Stage)
             for number, layer in enumerate(stage.layers, stage.first):
                 note(f"layer {number}", stage.rotary.cos, layer.attention_norm.weight, layer.mlp_norm.weight)
                 note(f"layer {number}", *weights_of(layer.attention.qkv), *weights_of(layer.attention.out))

@@ -14,11 +14,11 @@ import torch
 from ernie45.backends.base import Batch, Step
 from ernie45.backends.kv_cache import DenseStore, Int8Store
 from ernie45.engine.engine import Engine
-from ernie45.engine.stream import TokenStream
 from ernie45.errors import CorruptFileError, ModelClosedError, UnsupportedError
 from ernie45.memory.budget import KVDtype
 from ernie45.memory.workspace import PREFILL_CHUNK_TOKENS
 from ernie45.presets import WeightPart
+from ernie45.runners.base import Handle
 from ernie45.spec import ModelSpec, parse_spec
 from ernie45.types.placement import Placement
 from ernie45.types.requests import Sampling, ThinkingLimit, TokenRequest
@@ -90,7 +90,7 @@ def request(*token_ids: int, max_new_tokens: int = 3, **sampling: object) -> Tok
     )
 
 
-def next_event(stream: TokenStream) -> TokenEvent:
+def next_event(stream: Handle) -> TokenEvent:
     ready = threading.Event()
     stream.notify(ready.set)
     assert ready.wait(10), "the engine gave nothing"
@@ -99,7 +99,7 @@ def next_event(stream: TokenStream) -> TokenEvent:
     return event
 
 
-def drain(stream: TokenStream) -> tuple[list[int], str]:
+def drain(stream: Handle) -> tuple[list[int], str]:
     token_ids = []
     while True:
         event = next_event(stream)

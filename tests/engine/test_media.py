@@ -313,6 +313,28 @@ def test_other_rows_decode_between_the_parts_of_a_clip(engine: Engine, backend: 
     assert features[:, 0].tolist() == [7.0] * long.num_tokens
 
 
+def test_a_picture_is_encoded_in_a_turn_of_its_own(backend: SeeingBackend) -> None:
+    engine = Engine(backend, num_slots=5, context_tokens=4096, num_token_ids=40)
+    running = engine.submit(request(8, max_new_tokens=4000, logit_bias={3: 100.0}))
+    next_event(running)
+    backend.may_encode.clear()
+    first = engine.submit(asking(picture(7), 20))
+    assert backend.in_encode.wait(10)
+    later = [engine.submit(asked) for asked in (request(9, 9), asking(picture(8), 20), asking(picture(9), 21))]
+    backend.may_encode.set()
+    for stream in (first, *later):
+        drain(stream)
+    engine.close()
+    turns: list[list[str]] = [[]]
+    for entry in backend.log:
+        if isinstance(entry, Batch) and entry.rows[0].start:
+            turns.append([])  # one ends with the tokens of running rows
+        else:
+            turns[-1].append("prefill" if isinstance(entry, Batch) else "encode")
+    assert turns.count(["encode"]) == 3
+    assert sum("encode" in turn for turn in turns) == 3
+
+
 def test_a_clip_of_small_frames_is_encoded_at_once_and_a_huge_frame_with_its_pair(backend: SeeingBackend) -> None:
     encoder = MediaEncoder(backend)
     features_of(encoder, clip(1, num_frames=180, rows=2, columns=2))

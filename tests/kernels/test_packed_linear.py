@@ -30,6 +30,11 @@ SHAPES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def torchs_products(without_library: None) -> None:
+    """What is tested here serves where the native kernels do not (`test_panels.py`)."""
+
+
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

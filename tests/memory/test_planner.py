@@ -47,6 +47,15 @@ def smallest(**fields: Any) -> int:
     return plan(memory={"cpu": BIG}, **fields).peak_bytes
 
 
+def test_native_kernels_need_less_where_they_serve() -> None:
+    for preset in ("none", "int8", "int4"):
+        there, gone = (plan(preset=preset, native=native) for native in (True, False))
+        assert 0 < there.workspace_bytes < gone.workspace_bytes - 14 * 2**20
+    assert plan(native=True).loading_bytes < plan(native=False).loading_bytes
+    assert plan(native=True, dtype="float16").peak_bytes == plan(native=False, dtype="float16").peak_bytes
+    assert plan(preset="nf4", native=True).peak_bytes == plan(preset="nf4", native=False).peak_bytes
+
+
 def test_with_room_for_all_the_defaults_are_taken() -> None:
     made = plan()
     assert (made.verdict, made.context_tokens, made.max_batch, made.remedies) == ("fits", 8192, 32, ())

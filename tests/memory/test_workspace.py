@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 import subprocess
@@ -11,8 +12,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ernie45.memory.workspace import PREFILL_CHUNK_TOKENS, RUNTIME_BYTES, loading_bytes, workspace_bytes
-from ernie45.presets import PRESETS
+from ernie45 import ErnieModel
+from ernie45.kernels.library import native_library
+from ernie45.kernels.native import trim
+from ernie45.memory.workspace import (
+    MAX_STEP_GUESSES,
+    PREFILL_CHUNK_TOKENS,
+    RUNTIME_BYTES,
+    loading_bytes,
+    runs_natively,
+    workspace_bytes,
+)
+from ernie45.presets import PRESETS, QuantPreset
 from ernie45.spec import parse_spec
 
 CONFIG = {
@@ -22,10 +33,18 @@ CONFIG = {
     "tie_word_embeddings": True, "torch_dtype": "bfloat16", "eos_token_id": 2,
 }  # fmt: skip
 SPEC = parse_spec(CONFIG)
-LAYERS = 2 * 600 * 2**10
+TORCH = 2 * 600 * 2**10 + 14 * 2**20  # of layers, and of its products
+MIB = 2**20
 
 
-def workspace(preset: str = "none", context_tokens: int = 100, max_batch: int = 1, kv_dtype: str = "auto") -> int:
+def workspace(
+    preset: str = "none",
+    context_tokens: int = 100,
+    max_batch: int = 1,
+    kv_dtype: str = "auto",
+    has_draft: bool = False,
+    native: bool = False,
+) -> int:
     return workspace_bytes(
         SPEC,
         PRESETS[preset],
@@ -33,18 +52,20 @@ def workspace(preset: str = "none", context_tokens: int = 100, max_batch: int = 
         context_tokens=context_tokens,
         max_batch=max_batch,
         kv_dtype=kv_dtype,
+        has_draft=has_draft,
+        native=native,
     )
 
 
 def test_a_dense_step_is_fullest_in_its_mlp() -> None:
     # x and its norm 2 * 100 * 64 * 2, gate, up and silu 3 * 100 * 512 * 2; half as much again, and a rotary table.
-    assert workspace() == (25_600 + 307_200) * 3 // 2 + 4 * 100 * 16 + LAYERS
+    assert workspace() == (25_600 + 307_200) * 3 // 2 + 4 * 100 * 16 + TORCH
 
 
 def test_a_quantised_product_needs_more() -> None:
     # Beside gate and up, int8 rows and their float32 copy, and sums as integers and in float32, twice.
     wide = 100 * 1024 * 2 + 100 * 64 * 5 + 2 * 8 * 100 * 1024
-    assert workspace("int8") == (25_600 + wide) * 3 // 2 + 6_400 + LAYERS
+    assert workspace("int8") == (25_600 + wide) * 3 // 2 + 6_400 + TORCH
 
 
 def test_a_prompt_beyond_a_chunk_costs_no_more_than_the_chunk_and_its_angles() -> None:
@@ -70,9 +91,83 @@ def test_loading_holds_the_widest_matrix_and_a_block_of_a_file() -> None:
     assert loading_bytes(SPEC, PRESETS["none"], bytes_per_value=2) == 1024 * 64 * 2 + 16 * 2**20
 
 
+def test_a_matrix_of_the_models_dtype_is_read_into_its_place_by_native_kernels() -> None:
+    assert loading_bytes(SPEC, PRESETS["none"], bytes_per_value=2, native=True) == 16 * MIB
+    rounded = [loading_bytes(SPEC, PRESETS["int4"], bytes_per_value=2, native=native) for native in (False, True)]
+    assert rounded == [1024 * 64 * 2 + 24 * MIB] * 2
+
+
+def test_a_native_step_is_fullest_in_its_mlp() -> None:
+    # Beside norm(x) 100 * 64 * 2, silu(gate) * up in float32 and bfloat16; x and its angles, three rows of logits, a
+    # rotary table. No heap has a share in it: it is one block.
+    around = 100 * (64 * 2 + 2 * 16 * 4) + 3 * 1000 * 4 + 4 * 100 * 16
+    attention = 100 * (64 + 64) * 2 + 100 * 12 * 16 * 4 + MIB
+    assert workspace(native=True) == attention + around
+    mlp = 512 * 64 * 2 + 512 * 2048 * (4 + 2)
+    wide = parse_spec({**CONFIG, "intermediate_size": 2048})
+    planned = workspace_bytes(
+        wide, PRESETS["none"], bytes_per_value=2, context_tokens=512, max_batch=1, kv_dtype="auto", native=True
+    )
+    assert planned == mlp + 512 * (64 * 2 + 2 * 16 * 4) + 3 * 1000 * 4 + 4 * 512 * 16
+
+
+def test_native_attention_keeps_the_spans_of_a_long_context_apart() -> None:
+    def beside_the_table(context_tokens: int) -> int:
+        return workspace(context_tokens=context_tokens, max_batch=64, native=True) - 4 * context_tokens * 16
+
+    spans = 64 * 4 * (16 + 2) * 4
+    assert beside_the_table(3_000_000) - beside_the_table(2_000_000) == 977 * spans - 1 * spans
+
+
+def test_a_draft_adds_the_rows_that_are_checked() -> None:
+    for native in (False, True):
+        assert workspace(max_batch=200, has_draft=True, native=native) == workspace(
+            max_batch=200 + MAX_STEP_GUESSES, native=native
+        )
+
+
+def test_what_the_native_kernels_take() -> None:
+    spec = parse_spec({**CONFIG, "head_dim": 32})
+    taken = [name for name in PRESETS if runs_natively(spec, PRESETS[name], "bfloat16")]
+    assert taken == ["none", "int8", "int4"]
+    assert [name for name in PRESETS if runs_natively(spec, PRESETS[name], "float32")] == ["int8", "int4"]
+    assert not any(runs_natively(spec, preset, "float16") for preset in PRESETS.values())
+    assert not runs_natively(spec, QuantPreset(name="mine", linear="nf4"), "bfloat16")
+    for field, number in (("head_dim", 16), ("hidden_size", 80), ("intermediate_size", 96)):
+        assert not runs_natively(parse_spec({**CONFIG, "head_dim": 32, field: number}), PRESETS["none"], "bfloat16")
+
+
+def kernel_workspace() -> int:
+    """What the native kernels keep between calls."""
+    library = native_library()
+    assert library is not None
+    library.e45_workspace_bytes.restype = ctypes.c_int64
+    return int(library.e45_workspace_bytes())
+
+
+@pytest.mark.skipif(native_library() is None, reason="there are no native kernels here")
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
+@pytest.mark.parametrize("preset", ["none", "int8", "int4"])
+def test_the_native_workspace_is_what_the_kernels_keep(name: str, preset: str) -> None:
+    trim()
+    options = {"context_tokens": 600, "max_batch": 2}
+    with ErnieModel.from_pretrained(
+        f"ernie45/{name}", quantization=preset, device="cpu", dtype="bfloat16", progress=False, **options
+    ) as model:
+        model.batch_generate([[5] * 590, [6] * 590], max_new_tokens=2, temperature=0, ignore_eos=True)
+        spec = model.spec
+        kept = kernel_workspace()
+        around = 512 * (spec.hidden_size * 2 + spec.head_dim * 8) + 3 * spec.vocab_size * 4 + 4 * 600 * spec.head_dim
+        planned = workspace_bytes(
+            spec, PRESETS[preset], bytes_per_value=2, kv_dtype="auto", native=True, **options
+        ) - around - (0 if preset == "none" else 8 * MIB)  # fmt: skip
+        assert planned - MIB < kept < planned
+    assert kernel_workspace() == 0  # given back with the model
+
+
 WIDE = {**CONFIG, "hidden_size": 512, "intermediate_size": 3072, "num_attention_heads": 16, "head_dim": 128,
         "vocab_size": 103_424}  # fmt: skip
-SHORT_BYTES, OVER_BYTES = 8 * 2**20, 24 * 2**20  # by which a plan may be too low, and too high
+SHORT_BYTES, OVER_BYTES = 8 * 2**20, 20 * 2**20  # by which a plan may be too low, and too high
 
 SCRIPT = """
 import sys

@@ -3,7 +3,7 @@
 Another package adds an architecture with `register`; what its backend needs is here and in `ernie45.spec`.
 """
 
-from ernie45.backends.base import Backend, Batch, BuildOptions, MediaBackend, Row, Step, VisionTokens
+from ernie45.backends.base import Backend, Batch, BuildOptions, MediaBackend, PrefixBackend, Row, Step, VisionTokens
 from ernie45.backends.kv_cache import KVCache
 from ernie45.backends.registry import Architecture, BuildBackend, register
 from ernie45.checkpoint.read import TensorSource
@@ -16,6 +16,7 @@ __all__ = [
     "BuildOptions",
     "KVCache",
     "MediaBackend",
+    "PrefixBackend",
     "Row",
     "Step",
     "TensorSource",

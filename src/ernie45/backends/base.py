@@ -30,7 +30,7 @@ class Batch:
 
     `token_ids`, `positions` and `slots` are int64 [N], one entry a token. `wanted` [M] says at which of the N tokens
     logits are needed. `rotary_positions` int64 [N, 3] (time, height, width) are what the rotary embedding turns by,
-    None where that is `positions`; `vision` is None where all tokens are text.
+    None where that is `positions`; `vision` is None where all tokens are text. `wants_hidden` asks for hidden states.
     """
 
     rows: tuple[Row, ...]
@@ -41,6 +41,7 @@ class Batch:
     cache: KVCache
     rotary_positions: Tensor | None = None
     vision: VisionTokens | None = None
+    wants_hidden: bool = False
 
     def to(self, device: torch.device) -> Batch:
         """The same with its tensors on `device`; itself where they lie there. The cache stays where it is."""
@@ -82,20 +83,23 @@ class VisionTokens:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """What a step gives: `logits` float32 [M, V], one row for each wanted token."""
+    """What a step gives: `logits` float32 [M, V], one row for each wanted token, and `hidden` [N, h], the hidden states
+    of all tokens before the final norm, where the batch wants them."""
 
     logits: Tensor
+    hidden: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildOptions:
     """How a backend is to be built: the dtype of its arithmetic and of what `preset` does not cover, where its parts
-    lie, and the longest sequence in tokens."""
+    lie, the longest sequence in tokens, and whether the head for multi-token prediction is built as well."""
 
     dtype: torch.dtype
     placement: Placement
     preset: QuantPreset
     context_tokens: int
+    mtp: bool = False
 
     @staticmethod
     def unquantised(spec: ModelSpec, *, dtype: torch.dtype, device: str, context_tokens: int = 1) -> BuildOptions:
@@ -122,6 +126,18 @@ class Backend(Protocol):
     def device(self) -> torch.device: ...
 
     def forward(self, batch: Batch) -> Step: ...
+
+
+@runtime_checkable
+class PrefixBackend(Backend, Protocol):
+    """A backend that says how its keys and values depend on the tokens run with them, so that prompts which begin alike
+    may take them over. Without that, every prompt is computed from its beginning."""
+
+    @property
+    def prefix_tokens(self) -> int:
+        """1 where a token's bits are the same however tokens are grouped into steps: any prefix can be taken over,
+        generated tokens included. Else prefixes end at multiples of this, and hold nothing but prompt tokens."""
+        ...
 
 
 @runtime_checkable

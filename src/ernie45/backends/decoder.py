@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ernie45.backends.base import Batch, VisionTokens
+from ernie45.backends.base import Batch, Step, VisionTokens
 from ernie45.kernels.linear import Embedding, Linear
 from ernie45.kernels.ops import RotaryTable, attention, rms_norm, rotate, route, swiglu
 from ernie45.spec import ModelSpec
@@ -152,29 +153,66 @@ class Stage:
     layers: tuple[DecoderLayer, ...]
     rotary: RotaryTable
 
+    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
+        """x [N, h] through the layers; both lie on the device."""
+        cos, sin = self.angles(batch)
+        for index, layer in enumerate(self.layers, self.first):
+            x = layer(x, cos, sin, batch, index)
+        return x
+
+    def angles(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """cos and sin [N, 1, D/2] of the angles that the batch's tokens are rotated by."""
+        return self.rotary.at(batch.positions if batch.rotary_positions is None else batch.rotary_positions)
+
+
+class Layers(Protocol):
+    """A `Stage`, or what stands for one: its layers by other means."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, x: Tensor, batch: Batch) -> Tensor: ...
+
+
+class Head(Protocol):
+    """The final norm and the output head [V, h]."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [M, h] -> float32 logits [M, V]"""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NormedHead:
+    norm: Norm
+    linear: Linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x)).float()
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decoder:
-    """The whole trunk: embedding [V, h], layers, final norm and output head [V, h], the last two on `head_device`."""
+    """The whole trunk: embedding [V, h], layers, and the head with the final norm on `head_device`."""
 
     spec: ModelSpec
     embedding: Embedding
-    stages: tuple[Stage, ...]
-    norm: Norm
-    head: Linear
+    stages: tuple[Layers, ...]
+    head: Head
     head_device: torch.device
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """Run the batch, whose tensors lie with the embedding, through every layer, filling its KV slots -> float32
-        logits [M, V] of the wanted tokens, on the head's device."""
+    def __call__(self, batch: Batch) -> Step:
+        """Run the batch, whose tensors lie with the embedding, through every layer, filling its KV slots. The
+        logits lie on the head's device, hidden states with the last layer."""
         x = self.embedding.lookup(batch.token_ids)
         if batch.vision is not None:
             x[batch.vision.embedded] = batch.vision.features
         for stage in self.stages:
-            x, batch = x.to(stage.device), batch.to(stage.device)
-            cos, sin = stage.rotary.at(batch.positions if batch.rotary_positions is None else batch.rotary_positions)
-            for index, layer in enumerate(stage.layers, stage.first):
-                x = layer(x, cos, sin, batch, index)
+            batch = batch.to(stage.device)
+            x = stage(x.to(stage.device), batch)
+        hidden = x if batch.wants_hidden else None
         if not len(batch.wanted):
-            return torch.empty((0, self.spec.vocab_size), dtype=torch.float32, device=self.head_device)
-        return self.head(self.norm(x[batch.wanted].to(self.head_device))).float()
+            logits = torch.empty((0, self.spec.vocab_size), dtype=torch.float32, device=self.head_device)
+        else:
+            logits = self.head(x[batch.wanted].to(self.head_device))
+        return Step(logits=logits, hidden=hidden)

@@ -33,6 +33,10 @@ class KVStore(Protocol):
         """What was written at positions 0 … end - 1 -> [Hkv, end, D]"""
         ...
 
+    def copy(self, from_slot: int, to_slot: int, start: int, end: int) -> None:
+        """Put what was written at positions start … end - 1 of one slot into another, bit by bit."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenseStore:
@@ -45,6 +49,9 @@ class DenseStore:
 
     def read(self, slot: int, end: int) -> Tensor:
         return self.x[slot, :, :end]
+
+    def copy(self, from_slot: int, to_slot: int, start: int, end: int) -> None:
+        self.x[to_slot, :, start:end] = self.x[from_slot, :, start:end]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +71,10 @@ class Int8Store:
 
     def read(self, slot: int, end: int) -> Tensor:
         return self.codes[slot, :, :end].to(self.dtype).mul_(self.scales[slot, :, :end, None])
+
+    def copy(self, from_slot: int, to_slot: int, start: int, end: int) -> None:
+        self.codes[to_slot, :, start:end] = self.codes[from_slot, :, start:end]
+        self.scales[to_slot, :, start:end] = self.scales[from_slot, :, start:end]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +110,11 @@ class KVCache:
     def read(self, layer: int, slot: int, end: int) -> tuple[Tensor, Tensor]:
         """Keys and values [Hkv, end, D] of the first `end` tokens in a slot."""
         return self.keys[layer].read(slot, end), self.values[layer].read(slot, end)
+
+    def copy_prefix(self, from_slot: int, to_slot: int, num_tokens: int, *, start: int = 0) -> None:
+        """Have the keys and values of tokens start … num_tokens - 1 of one slot in another as well, in every layer."""
+        for store in (*self.keys, *self.values):
+            store.copy(from_slot, to_slot, start, num_tokens)
 
 
 def _allocate_store(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ernie45.backends.base import Batch, BuildOptions, Step
 from ernie45.backends.decoder import Decoder
+from ernie45.backends.native_stage import prefix_tokens
 from ernie45.backends.vision_tower import (
     LayerNorm,
     MergeMLP,
@@ -43,9 +44,10 @@ class VisionLanguageBackend:
         self.dtype: torch.dtype = options.dtype
         self.device: torch.device = torch.device(options.placement.embedding)
         self.weight_bytes: Mapping[WeightPart, int] = weight_bytes
+        self.prefix_tokens: int = prefix_tokens(decoder)
 
     def forward(self, batch: Batch) -> Step:
-        return Step(logits=self._decoder(batch))
+        return self._decoder(batch)
 
     def encode(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Patches [P, values] of `grid` = frames (1, or an even number), rows and columns -> features [tokens, h]"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -19,14 +20,25 @@ from ernie45.backends.decoder import (
     ExpertBank,
     ExpertMLP,
     Norm,
+    NormedHead,
     Router,
     Stage,
 )
+from ernie45.backends.native_stage import native_head, native_stage
 from ernie45.checkpoint.read import BlockSource, PackedSource, TensorSource
 from ernie45.kernels.bitsandbytes import BnbInt8Linear, Nf4Linear
 from ernie45.kernels.linear import DenseEmbedding, DenseLinear, Embedding, Linear, packs
 from ernie45.kernels.ops import RotaryTable
 from ernie45.kernels.packed_linear import PackedEmbedding, StackedLinear, build_packed_linear
+from ernie45.kernels.panels import (
+    PanelEmbedding,
+    PanelLinear,
+    PanelMemory,
+    dense_panels,
+    packed_panels,
+    room_for_panels,
+    takes_panels,
+)
 from ernie45.presets import INT4_GROUP, Part, WeightPart
 from ernie45.quantization.packed import Packed, PackedInt8, empty_packed
 from ernie45.quantization.quantize import quantize_blocks_into, quantize_into
@@ -44,13 +56,15 @@ class WeightBuilder:
         self.dtype, self.device = options.dtype, torch.device(options.placement.embedding)
         self.placed: Counter[WeightPart] = Counter()
         self._staging = Staging(self.dtype)
+        self._memory = PanelMemory()
 
     def on(self, device: str) -> WeightBuilder:
         """The builder of the same model for another device."""
         if torch.device(device) == self.device:
             return self
         other = WeightBuilder(self.spec, self.source, self.options)
-        other.device, other.placed, other._staging = torch.device(device), self.placed, self._staging
+        other.device, other.placed = torch.device(device), self.placed
+        other._staging, other._memory = self._staging, self._memory
         return other
 
     def decoder(self) -> Decoder:
@@ -62,9 +76,8 @@ class WeightBuilder:
         return Decoder(
             spec=spec,
             embedding=embedding,
-            stages=stages,
-            norm=last.norm("model.norm.weight"),
-            head=tied_head or last.head(),
+            stages=tuple(native_stage(stage) for stage in stages),
+            head=native_head(NormedHead(norm=last.norm("model.norm.weight"), linear=tied_head or last.head())),
             head_device=last.device,
         )
 
@@ -101,16 +114,43 @@ class WeightBuilder:
         shape = (spec.vocab_size, spec.hidden_size)
         tied = f"{_HEAD}.weight" not in self.source and spec.tied is not False
         packed = self.packed(_EMBEDDING, "embedding")
+        if tied and self.options.placement.head == self.options.placement.embedding:
+            shared = self.tied_panels(packed)
+            if shared is not None:
+                self.placed["embedding"] += math.prod(shape) * (self.dtype.itemsize if packed is None else 1)
+                self.placed["scales"] += shared.scale_bytes
+                return PanelEmbedding(shared, self.dtype), shared
         table: Tensor | PackedInt8
         embedding: Embedding
         if packed is not None:
             table = packed
             embedding = PackedEmbedding(packed, self.dtype)
-            self._count("embedding", build_packed_linear(packed, None, self.dtype))
+            self.placed["embedding"] += packed.codes.numel()
+            self.placed["scales"] += 4 * packed.scales.numel()
         else:
             table = self.tensor(shape, f"{_EMBEDDING}.weight", part="embedding")
             embedding = DenseEmbedding(table)
         return embedding, self.on(self.options.placement.head).tied_head(table, self.device) if tied else None
+
+    def tied_panels(self, packed: PackedInt8 | None) -> PanelLinear | None:
+        """The embedding's table as a matrix in panels that serves as the head, too, where the kernels take it."""
+        spec = self.spec
+        if not takes_panels(self.dtype, self.device, spec.hidden_size):
+            return None
+        if packed is not None:
+            return packed_panels(
+                packed, self.head_bias(), self._memory, in_place=not isinstance(self.source, PackedSource)
+            )
+        if self.dtype != torch.bfloat16:
+            return None
+        return self.dense_panels(spec.hidden_size, {_EMBEDDING: spec.vocab_size}, self.head_bias())
+
+    def dense_panels(self, in_features: int, parts: Mapping[str, int], bias: Tensor | None) -> PanelLinear:
+        """A bfloat16 matrix, read into the place where it is put into panels."""
+        out_features = sum(parts.values())
+        rows = room_for_panels(self._memory, out_features, in_features)
+        self.source.read_into(rows[:out_features], _weights(parts))
+        return dense_panels(rows, out_features, bias)
 
     def tied_head(self, table: Tensor | PackedInt8, lies_on: torch.device) -> Linear:
         """The embedding's table as the output head; a copy of it where that is on another device."""
@@ -118,7 +158,7 @@ class WeightBuilder:
         linear: Linear
         if isinstance(table, PackedInt8):
             codes, scales = table.codes.to(self.device), table.scales.to(self.device)
-            linear = build_packed_linear(PackedInt8(codes=codes, scales=scales), bias, self.dtype)
+            linear = build_packed_linear(PackedInt8(codes=codes, scales=scales), bias, self.dtype, self._memory)
         else:
             # Not packed: that would double it, for the embedding is looked up by row.
             linear = DenseLinear(table.to(self.device), bias, pack=False)
@@ -133,13 +173,24 @@ class WeightBuilder:
         bias = self.head_bias()
         linear: Linear
         if packed is not None:
-            linear = build_packed_linear(packed, bias, self.dtype)
+            in_place = not isinstance(self.source, PackedSource)
+            linear = build_packed_linear(packed, bias, self.dtype, self._memory, in_place=in_place)
         else:
-            linear = DenseLinear(
-                self.read((spec.vocab_size, spec.hidden_size), _weights({_HEAD: spec.vocab_size})), bias
-            )
+            linear = self.dense(spec.hidden_size, {_HEAD: spec.vocab_size}, bias)
         self._count("head", linear)
         return linear
+
+    def dense(self, in_features: int, parts: Mapping[str, int], bias: Tensor | None) -> Linear:
+        """A matrix in the model's dtype."""
+        if self.dtype == torch.bfloat16 and takes_panels(self.dtype, self.device, in_features):
+            return self.dense_panels(in_features, parts, bias)
+        return self.torch_dense(in_features, parts, bias)
+
+    def torch_dense(self, in_features: int, parts: Mapping[str, int], bias: Tensor | None) -> DenseLinear:
+        """The same for torch."""
+        if packs(self.dtype, self.device):
+            return DenseLinear(self.staged(in_features, parts), bias)
+        return DenseLinear(self.read((sum(parts.values()), in_features), _weights(parts)), bias)
 
     def head_bias(self) -> Tensor | None:
         if f"{_HEAD}.bias" not in self.source:
@@ -249,20 +300,20 @@ class WeightBuilder:
         if part != "vision":
             stored = self.stored(parts, in_features)
             if stored is not None and len(stored) == 1:
-                return build_packed_linear(stored[0], bias, self.dtype)
+                return build_packed_linear(stored[0], bias, self.dtype, self._memory)
             if stored is not None:
-                return StackedLinear([build_packed_linear(piece, None, self.dtype) for piece in stored], bias)
+                return StackedLinear(
+                    [build_packed_linear(piece, None, self.dtype, self._memory) for piece in stored], bias
+                )
             quantised = self.quantised(parts, in_features, part=part)
             if quantised is not None:
-                return build_packed_linear(quantised, bias, self.dtype, in_place=True)
+                return build_packed_linear(quantised, bias, self.dtype, self._memory, in_place=True)
         scheme = None if part == "vision" else self.options.preset.scheme(part, in_features)
         if scheme == "nf4":
             return Nf4Linear(self.staged(in_features, parts).to(self.device), bias)
         if scheme == "bnb-int8":
             return BnbInt8Linear(self.staged(in_features, parts).to(self.device), bias)
-        if packs(self.dtype, self.device):
-            return DenseLinear(self.staged(in_features, parts), bias)
-        return DenseLinear(self.read((sum(parts.values()), in_features), _weights(parts)), bias)
+        return self.torch_dense(in_features, parts, bias) if part == "vision" else self.dense(in_features, parts, bias)
 
     def packed(self, name: str, part: Literal["embedding", "head"]) -> PackedInt8 | None:
         """A matrix of the vocabulary's height, if it is quantised in the files or by the preset."""
@@ -283,7 +334,8 @@ class WeightBuilder:
         scheme = self.options.preset.scheme(part, in_features)
         if scheme not in ("int8", "int4"):
             return None
-        packed = empty_packed(scheme, sum(parts.values()), in_features, INT4_GROUP, self.device)
+        take_codes = self._memory.take if takes_panels(self.dtype, self.device, in_features) else None
+        packed = empty_packed(scheme, sum(parts.values()), in_features, INT4_GROUP, self.device, take_codes)
         if self.device.type == "meta":
             self.staged(in_features, parts)
         elif part in ("embedding", "head") and isinstance(packed, PackedInt8) and isinstance(self.source, BlockSource):

@@ -133,7 +133,7 @@ def _ignored(key: str, layout: Layout) -> IgnoredTensor:
     if key.endswith("rotary_emb.inv_freq"):
         return IgnoredTensor(name=key, reason="computed from rope_theta")
     if all(name.startswith("model.mtp_") for name in layout.names_in(key)):
-        return IgnoredTensor(name=key, reason="multi-token-prediction head, which plain decoding does without")
+        return IgnoredTensor(name=key, reason="multi-token-prediction head, which only draft='mtp' uses")
     raise TensorError(
         f"the checkpoint holds a tensor {key!r} that a model of this config has no place for",
         hint="config.json and the weight files do not belong together, or the checkpoint is a variant to report",

@@ -1,31 +1,40 @@
 """The engine: one thread that steps a backend for many requests at once.
 
-Each turn of its loop is three plain calls: admit waiting requests to free KV slots, run some prompt tokens, draw one
-token for every running row. Requests join and leave between steps.
+Each turn of its loop is three plain calls: admit waiting requests to free KV slots in the order they came, run at most
+`PREFILL_CHUNK_TOKENS` prompt tokens, draw one token for every running row. Requests join and leave between steps. So
+running rows get a token every turn, and a prompt that is shorter than the others waits for two turns at most.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ernie45.backends.base import Backend, Batch, MediaBackend, Row, VisionTokens
+from ernie45.backends.base import Backend, MediaBackend, PrefixBackend, Step
 from ernie45.backends.kv_cache import KVCache
 from ernie45.engine.media import MediaEncoder, SequenceMedia
-from ernie45.engine.sequence import Sequence
+from ernie45.engine.schedule import PrefillSchedule
+from ernie45.engine.sequence import Sequence, Submission
+from ernie45.engine.sequence_batch import Part, sequence_batch
+from ernie45.engine.slots import SlotPool
+from ernie45.engine.speculation.proposer import Ask
+from ernie45.engine.speculation.speculation import Checked, Speculation
 from ernie45.engine.stream import TokenStream
 from ernie45.errors import ModelClosedError, UnsupportedError
+from ernie45.kernels.native import trim
 from ernie45.memory.budget import KVDtype
 from ernie45.memory.workspace import PREFILL_CHUNK_TOKENS
-from ernie45.sampling import Drawn, build_sampler, check_finite, greedy_tokens
+from ernie45.sampling import Best, Drawn, Sampler, build_sampler, check_finite, greedy_tokens
 from ernie45.types.placement import Placement
-from ernie45.types.requests import TokenRequest
+from ernie45.types.requests import Sampling, TokenRequest
 
 # A reply's queue holds all its tokens, so that a reader who is slow, or waits for another reply, never holds a slot.
 # Events of a scoring request hold a chunk's logits each, so there it is the row that waits for the reader.
@@ -37,6 +46,8 @@ class Engine:
 
     `num_token_ids` is the tokenizer's size: ids from there on can never be drawn. `placement` is the one the backend
     was built with, None for all on its device: KV slots lie with the layers, and tokens are drawn where the head is.
+    With `prefix_cache` prompts take over what slots hold of them (see `SlotPool`), where the backend is a
+    `PrefixBackend`. With `speculation` a step of a running row checks guessed tokens as well.
     """
 
     def __init__(
@@ -48,6 +59,8 @@ class Engine:
         num_token_ids: int,
         kv_dtype: KVDtype = "auto",
         placement: Placement | None = None,
+        prefix_cache: bool = True,
+        speculation: Speculation | None = None,
     ) -> None:
         placement = placement or Placement.on(str(backend.device), backend.spec.num_layers)
         self._backend = backend
@@ -65,8 +78,11 @@ class Engine:
             kv_dtype=kv_dtype,
             placement=placement,
         )
-        self._free_slots = list(reversed(range(num_slots)))
-        self._waiting: deque[Sequence] = deque()
+        prefix_tokens = backend.prefix_tokens if prefix_cache and isinstance(backend, PrefixBackend) else None
+        self._slots = SlotPool(self._cache, num_slots=num_slots, prefix_tokens=prefix_tokens)
+        self._schedule = PrefillSchedule()
+        self._speculation = speculation
+        self._waiting: deque[Submission] = deque()
         self._active: list[Sequence] = []
         self._changed = threading.Condition()
         self._closed = False
@@ -77,28 +93,23 @@ class Engine:
 
     @property
     def num_free_slots(self) -> int:
-        return len(self._free_slots)
+        return self._slots.num_free
 
     def submit(self, request: TokenRequest) -> TokenStream:
-        """Queue a request.
+        """Queue a request. The queue has no limit, and none is lost: what waits takes little more than its ids.
 
-        Raises ModelClosedError after close(), UnsupportedError in a forked child or for media a model cannot see.
+        Raises ModelClosedError after close(), UnsupportedError in a forked child or for media a model cannot see, and
+        InvalidRequestError for options that do not fit the vocabulary.
         """
         self._check_process()
+        self._check_media(request)
+        self._build_sampler(request.sampling)  # only to check its options: the one that draws is built with a slot
         capacity = request.max_new_tokens if request.logit_positions is None else _SCORING_CAPACITY
         stream = TokenStream(capacity=capacity, wake_producer=self._wake)
-        sampler = build_sampler(
-            request.sampling,
-            num_token_ids=self._num_token_ids,
-            vocab_size=self._vocab_size,
-            prompt_ids=request.token_ids,
-            device=self._logits_device,
-        )
-        sequence = Sequence(request, stream, sampler, self._media_of(request))
         with self._changed:
             if self._closed:
                 raise _closed_error()
-            self._waiting.append(sequence)
+            self._waiting.append(Submission(request=request, stream=stream))
             self._changed.notify()
         return stream
 
@@ -112,19 +123,21 @@ class Engine:
         if self._thread is not threading.current_thread():
             self._thread.join()
 
-    def _media_of(self, request: TokenRequest) -> SequenceMedia | None:
-        if not request.media:
-            return None
-        if self._merge_size is None:
+    def _build_sampler(self, sampling: Sampling, prompt_ids: tuple[int, ...] = ()) -> Sampler:
+        return build_sampler(
+            sampling,
+            num_token_ids=self._num_token_ids,
+            vocab_size=self._vocab_size,
+            prompt_ids=prompt_ids,
+            device=self._logits_device,
+        )
+
+    def _check_media(self, request: TokenRequest) -> None:
+        if request.media and self._merge_size is None:
             raise UnsupportedError(
                 f"the request has {len(request.media)} pictures or clips, and this model reads text only",
                 hint="load a vision-language model, such as ERNIE-4.5-VL-28B-A3B-PT",
             )
-        return SequenceMedia(
-            request.media,
-            num_prompt_tokens=len(request.token_ids),
-            merge_size=self._merge_size,
-        )
 
     def _check_process(self) -> None:
         if os.getpid() != self._process_id:
@@ -156,12 +169,13 @@ class Engine:
         finally:
             with self._changed:
                 self._closed = True
-                unfinished = [*self._active, *self._waiting]
-            for sequence in unfinished:
-                sequence.fail(failure)
+                streams = [s.stream for s in self._active] + [s.stream for s in self._waiting]
+            for stream in streams:
+                stream.fail(failure)
             self._active.clear()
             self._waiting.clear()
-            del self._backend, self._cache, self._encoder
+            del self._backend, self._cache, self._slots, self._encoder, self._speculation
+            trim()
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False once the engine is closed."""
@@ -170,7 +184,7 @@ class Engine:
             return not self._closed
 
     def _has_work(self) -> bool:
-        if self._woken or (self._waiting and self._free_slots):
+        if self._woken or (self._waiting and self._slots.num_free):
             return True
         return any(sequence.stream.has_room for sequence in self._active)
 
@@ -181,50 +195,70 @@ class Engine:
             self._woken = False
             dropped = [s for s in self._waiting if s.stream.cancelled]
             self._waiting = deque(s for s in self._waiting if not s.stream.cancelled)
-        for sequence in dropped:
-            sequence.cancel()
+        for submission in dropped:
+            submission.cancel()
         for sequence in [s for s in self._active if s.stream.cancelled]:
             sequence.cancel()
             self._release(sequence)
 
     def _admit(self) -> None:
-        with self._changed:
-            while self._waiting and self._free_slots:
-                sequence = self._waiting.popleft()
-                sequence.slot = self._free_slots.pop()
-                self._active.append(sequence)
+        while self._waiting and self._slots.num_free:
+            self._start(self._waiting[0])
+            with self._changed:
+                self._waiting.popleft()  # not before: a request is always either waiting or has a slot
+
+    def _start(self, submission: Submission) -> None:
+        try:
+            sequence = self._sequence(submission)
+        except Exception as failure:  # not swallowed: the reader raises it
+            submission.stream.fail(failure)
+            return
+        self._active.append(sequence)
+        with self._guard([sequence]):
+            self._slots.lend(sequence)
+
+    def _sequence(self, submission: Submission) -> Sequence:
+        request, media = submission.request, None
+        if request.media and self._merge_size is not None:
+            media = SequenceMedia(request.media, num_prompt_tokens=len(request.token_ids), merge_size=self._merge_size)
+        return Sequence(submission, self._build_sampler(request.sampling, request.token_ids), media)
 
     def _prefill(self) -> None:
-        """Run prompt chunks, oldest request first, until this turn's share of prompt tokens is used up.
-
-        One picture, or one part of a clip, is encoded a turn: prompts without do not wait for those with media.
-        """
-        budget = PREFILL_CHUNK_TOKENS
-        encoded = False
-        for sequence in [s for s in self._active if s.in_prefill and s.stream.has_room]:
-            if sequence.media is not None and not sequence.media.encoded:
-                if encoded:
-                    continue
-                encoded = self._encode_media(sequence)
-                if encoded:
-                    continue
-            while budget > 0 and sequence.in_prefill and sequence.stream.has_room:
-                edge = (sequence.num_cached // PREFILL_CHUNK_TOKENS + 1) * PREFILL_CHUNK_TOKENS
-                end = min(edge, sequence.num_prompt_tokens)
-                budget -= end - sequence.num_cached
+        """Run prompt chunks in the schedule's order, as many as fit a turn's share of prompt tokens."""
+        num_left = PREFILL_CHUNK_TOKENS
+        for sequence in self._schedule.order([s for s in self._active if s.in_prefill and s.stream.has_room]):
+            if num_left:
                 with self._guard([sequence]):
-                    self._prefill_chunk(sequence, end)
-            if budget <= 0:
-                return
+                    num_left = self._prefill_some(sequence, num_left)
 
-    def _encode_media(self, sequence: Sequence) -> bool:
+    def _prefill_some(self, sequence: Sequence, num_left: int) -> int:
+        """Run its next chunks, as many as fit `num_left` tokens, and say how many are left then.
+
+        What other slots have by now is copied. One picture, or one part of a clip, is encoded in a turn of its own, so
+        that prompts without do not wait for those with media.
+        """
+        while sequence.in_prefill and sequence.stream.has_room:
+            self._slots.catch_up(sequence)
+            if sequence.media is not None and not sequence.media.encoded:
+                if num_left < PREFILL_CHUNK_TOKENS:
+                    break
+                if self._encode_media(sequence.media):
+                    return 0
+            start = sequence.num_cached
+            edge = (start // PREFILL_CHUNK_TOKENS + 1) * PREFILL_CHUNK_TOKENS
+            end = min(edge, sequence.num_prompt_tokens)
+            if end - start > num_left:
+                break
+            self._prefill_chunk(sequence, end)
+            num_left -= end - start
+        return num_left
+
+    def _encode_media(self, media: SequenceMedia) -> bool:
         """Fetch the features of its pictures; whether some were computed, which is a whole turn's work."""
-        if sequence.media is None or self._encoder is None:
-            return False
+        assert self._encoder is not None
         computed = False
-        while not (computed or sequence.media.encoded or sequence.finish_reason):
-            with self._guard([sequence]):
-                computed = sequence.media.encode(self._encoder)
+        while not (computed or media.encoded):
+            computed = media.encode(self._encoder)
         return computed
 
     def _prefill_chunk(self, sequence: Sequence, end: int) -> None:
@@ -233,13 +267,16 @@ class Engine:
             wanted = [p - start for p in sequence.request.logit_positions if start <= p < end]
         else:
             wanted = [end - 1 - start] if end == sequence.num_prompt_tokens else []
-        logits = self._forward([(sequence, end - start)], wanted)
+        step = self._forward([Part(sequence=sequence, token_ids=sequence.token_ids[start:end], wanted=wanted)])
+        sequence.num_cached = end
+        self._observe(sequence, start, step.hidden)
+        self._slots.note(sequence)
         if not sequence.in_prefill:
             sequence.end_prefill()
         if sequence.is_scoring:
-            sequence.score(logits)
+            sequence.score(step.logits)
         elif not sequence.in_prefill:
-            sequence.advance(logits[0])
+            sequence.advance(step.logits[0])
 
     def _decode(self) -> None:
         """One token for every running row whose reader keeps up."""
@@ -249,68 +286,76 @@ class Engine:
                 self._decode_rows(rows)
 
     def _decode_rows(self, rows: list[Sequence]) -> None:
-        logits = self._forward([(sequence, 1) for sequence in rows], list(range(len(rows))))
+        parts = []
+        for sequence, guesses in zip(rows, self._propose(rows), strict=True):
+            token_ids = [sequence.token_ids[-1], *guesses]
+            parts.append(Part(sequence=sequence, token_ids=token_ids, wanted=range(len(token_ids))))
+        started = time.perf_counter()
+        step = self._forward(parts)
+        best: list[Best] = []
         if all(sequence.is_plain_greedy for sequence in rows):
             # One pass over all rows: half the time of one after the other.
-            for sequence, best in zip(rows, greedy_tokens(logits, self._num_token_ids), strict=True):
-                with self._guard([sequence]):
-                    check_finite(best.logit)
-                    sequence.accept(Drawn(token_id=best.token_id))
-            return
-        for sequence, row in zip(rows, logits, strict=True):
-            with self._guard([sequence]):
-                sequence.advance(row)
+            best = greedy_tokens(step.logits, self._num_token_ids)
+        checked, first = [], 0
+        for part in parts:
+            with self._guard([part.sequence]):
+                start = part.sequence.num_cached
+                checked.append(self._draw(part, first, step.logits, best))
+                if step.hidden is not None:
+                    num_kept = part.sequence.num_cached - start
+                    self._observe(part.sequence, start, step.hidden[first : first + num_kept])
+            first += len(part.token_ids)
+        if self._speculation is not None:
+            self._speculation.note_step(checked, time.perf_counter() - started)
 
-    def _forward(self, parts: list[tuple[Sequence, int]], wanted: list[int]) -> Tensor:
-        """Run each sequence's next `count` tokens in one batch -> logits [len(wanted), V]."""
-        rows: list[Row] = []
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        for sequence, count in parts:
-            assert sequence.slot is not None
-            start = sequence.num_cached
-            rows.append(Row(slot=sequence.slot, start=start, num_tokens=count))
-            token_ids += sequence.token_ids[start : start + count]
-            positions += range(start, start + count)
-            slots += [sequence.slot] * count
-        step = self._backend.forward(
-            Batch(
-                rows=tuple(rows),
-                token_ids=self._ids(token_ids),
-                positions=self._ids(positions),
-                slots=self._ids(slots),
-                wanted=self._ids(wanted),
-                cache=self._cache,
-                rotary_positions=self._rotary_positions(parts),
-                vision=self._vision_tokens(parts),
-            )
-        )
-        for sequence, count in parts:
-            sequence.num_cached += count
-        return step.logits
-
-    def _rotary_positions(self, parts: list[tuple[Sequence, int]]) -> Tensor | None:
-        if all(sequence.media is None for sequence, _ in parts):
-            return None
-        runs = []
-        for sequence, count in parts:
-            start, end = sequence.num_cached, sequence.num_cached + count
-            if sequence.media is None:
-                runs.append(torch.arange(start, end)[:, None].expand(-1, 3))
+    def _draw(self, part: Part, first: int, logits: Tensor, best: list[Best]) -> Checked:
+        """Draw a token after each that was run, as long as it is the one that was run next; what was run beyond that
+        will be overwritten. The part's `logits` begin in row `first`; `best` is the highest of each row where that is
+        all that counts, else empty."""
+        sequence, guesses = part.sequence, part.token_ids[1:]
+        assert sequence.slot is not None
+        num_accepted = sequence.num_accepted
+        sequence.num_guessed += len(guesses)
+        for place, guess in enumerate([*guesses, None], first):
+            if best and sequence.is_plain_greedy:
+                check_finite(best[place].logit)
+                sequence.accept(Drawn(token_id=best[place].token_id), guess)
             else:
-                runs.append(sequence.media.positions(start, end))
-        return torch.cat(runs).to(self._device)
+                sequence.advance(logits[place], guess)
+            if sequence.finish_reason is not None or sequence.token_ids[-1] != guess:
+                break
+        sequence.num_cached = len(sequence.token_ids) - 1
+        return Checked(slot=sequence.slot, num_proposed=len(guesses), num_accepted=sequence.num_accepted - num_accepted)
 
-    def _vision_tokens(self, parts: list[tuple[Sequence, int]]) -> VisionTokens | None:
-        """Only prompts have pictures, and a prompt runs by itself; generated tokens are text."""
-        sequence, count = parts[0]
-        if sequence.media is None or not sequence.in_prefill:
-            return None
-        return sequence.media.tokens(sequence.num_cached, sequence.num_cached + count, self._device)
+    def _propose(self, rows: list[Sequence]) -> list[list[int]]:
+        """Guesses of what each row goes on with after its last token."""
+        if self._speculation is None:
+            return [[]] * len(rows)
+        asks = []
+        for sequence in rows:
+            assert sequence.slot is not None
+            asks.append(
+                Ask(
+                    slot=sequence.slot,
+                    token_ids=sequence.token_ids,
+                    most=sequence.max_guesses,
+                    sampler=sequence.sampler,
+                )
+            )
+        return self._speculation.propose(asks)
 
-    def _ids(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+    def _observe(self, sequence: Sequence, start: int, hidden: Tensor | None) -> None:
+        """Show the proposer the states of tokens at positions `start` … that stay."""
+        if self._speculation is not None and hidden is not None and not sequence.is_scoring:
+            assert sequence.slot is not None
+            self._speculation.observe(sequence.slot, sequence.token_ids, start, hidden)
+
+    def _forward(self, parts: list[Part]) -> Step:
+        """Run the parts in one batch."""
+        batch = sequence_batch(parts, self._cache, self._device)
+        if self._speculation is not None and self._speculation.wants_hidden:
+            batch = replace(batch, wants_hidden=True)
+        return self._backend.forward(batch)
 
     @contextmanager
     def _guard(self, sequences: list[Sequence]) -> Iterator[None]:
@@ -326,8 +371,9 @@ class Engine:
 
     def _release(self, sequence: Sequence) -> None:
         if sequence.slot is not None:
-            self._free_slots.append(sequence.slot)
-            sequence.slot = None
+            if self._speculation is not None:
+                self._speculation.forget(sequence.slot)
+            self._slots.give_back(sequence)
             self._active.remove(sequence)
 
 

@@ -93,6 +93,15 @@ class SequenceMedia:
             self._parts, self._num_frames_done = [], 0
         return True
 
+    def skip(self, num_tokens: int) -> None:
+        """The prompt's first `num_tokens` are not run: the pictures among them, end marker included, are not needed."""
+        while self._placed and self._placed[0].end < num_tokens:
+            self._placed = self._placed[1:]
+            if self._features:
+                self._features.pop(0)
+            else:
+                self._parts, self._num_frames_done = [], 0
+
     def release(self) -> None:
         """Let go of what only the prompt needs; where the reply's tokens stand is kept."""
         self._placed, self._features = (), []

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ernie45.kernels.int4_order import kernel_codes
 from ernie45.kernels.linear import Linear, bias_bytes
+from ernie45.kernels.panels import PanelMemory, packed_panels, takes_panels
 from ernie45.quantization.packed import INT4_ZERO, Packed, PackedInt4, PackedInt8, num_bytes
 from ernie45.quantization.quantize import int8_scales
 
@@ -23,9 +24,23 @@ _BLOCK_VALUES = 1 << 20  # unpacked at a time
 _SCALED_VALUES = 1 << 19  # outputs that are scaled at a time
 
 
-def build_packed_linear(packed: Packed, bias: Tensor | None, dtype: torch.dtype, *, in_place: bool = False) -> Linear:
-    """The fastest product for a quantised matrix on the device it lies on; x and y are of `dtype`. With `in_place` its
-    memory may be written to, and nothing of its size is allocated: loading leaves no holes in the heap then."""
+def build_packed_linear(
+    packed: Packed,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    memory: PanelMemory | None = None,
+    *,
+    in_place: bool = False,
+) -> Linear:
+    """The fastest product for a quantised matrix on the device it lies on; x and y are of `dtype`.
+
+    With `in_place` the memory of its codes may be written to, and nothing of its size is allocated: loading leaves no
+    holes in the heap then. Where the native kernels serve, it must come from `memory`.
+    """
+    if takes_panels(dtype, packed.codes.device, packed.in_features):
+        panels = packed_panels(packed, bias, memory or PanelMemory(), in_place=in_place)
+        if panels is not None:
+            return panels
     on_cpu = packed.codes.device.type == "cpu"
     if on_cpu and isinstance(packed, PackedInt8):
         return Int8Linear(packed, bias, dtype)

@@ -31,13 +31,14 @@ class DeviceMemory:
 class Running:
     """What running needs beside weights: on every device in use `runtime_bytes`, and the larger of `loading_bytes`,
     for a moment, and `workspace_bytes` with the KV cache; that is `kv_layer_bytes` for each layer. A token reads
-    `kv_read_bytes` of each layer's."""
+    `kv_read_bytes` of each layer's. What guesses has `draft_kv_bytes` beside the embedding."""
 
     kv_layer_bytes: int
     kv_read_bytes: int
     workspace_bytes: int
     loading_bytes: int
     runtime_bytes: int
+    draft_kv_bytes: int = 0
 
 
 def within_host(devices: Sequence[DeviceMemory], host_bytes: int) -> tuple[DeviceMemory, ...]:
@@ -155,7 +156,7 @@ def _in_order(
     row = _Row([_Filling(device, running) for device in devices])
     head_bytes = sum(sites.head.values())
     first_bytes = sum(sites.vision.values()) + sum(sites.embedding.values())
-    first = row.add(first_bytes if sites.has_own_head else first_bytes + head_bytes)
+    first = row.add(first_bytes if sites.has_own_head else first_bytes + head_bytes, running.draft_kv_bytes)
     layers = tuple(
         row.add(sum(layer.values()) + experts[index], running.kv_layer_bytes)
         for index, layer in enumerate(sites.layers)
@@ -167,18 +168,18 @@ def _in_order(
 def excess_bytes(placement: Placement, sites: WeightSites, devices: Sequence[DeviceMemory], running: Running) -> int:
     """Bytes over the capacities, of all devices together."""
     row = {device.name: _Filling(device, running) for device in devices}
-    for name, weight_bytes, kv_bytes in _held(placement, sites, running.kv_layer_bytes):
+    for name, weight_bytes, kv_bytes in _held(placement, sites, running):
         row[name].add(weight_bytes, kv_bytes)
     return sum(max(row[name].excess(), 0) for name in placement.devices)
 
 
-def _held(placement: Placement, sites: WeightSites, kv_layer_bytes: int) -> Iterator[tuple[str, int, int]]:
+def _held(placement: Placement, sites: WeightSites, running: Running) -> Iterator[tuple[str, int, int]]:
     """Device, bytes of weights and of KV cache of each site."""
-    yield placement.embedding, sum(sites.embedding.values()), 0
+    yield placement.embedding, sum(sites.embedding.values()), running.draft_kv_bytes
     yield placement.vision, sum(sites.vision.values()), 0
     yield placement.head, sum(sites.head.values()), 0
     for index, layer in enumerate(sites.layers):
-        yield placement.layers[index], sum(layer.values()), kv_layer_bytes
+        yield placement.layers[index], sum(layer.values()), running.kv_layer_bytes
         yield placement.experts[index], sum(sites.experts[index].values()), 0
 
 

@@ -15,7 +15,7 @@ Verdict = Literal["fits", "streams", "does not fit"]
 
 PART_NAMES = (
     "embedding", "head", "attention", "dense_mlp", "routed_experts", "shared_experts", "router", "norms", "vision",
-    "scales", "kv_cache", "workspace", "runtime",
+    "scales", "draft", "kv_cache", "workspace", "runtime",
 )  # fmt: skip
 """What a plan counts, in this order: the weights by part, then what running needs beside them."""
 

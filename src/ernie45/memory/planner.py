@@ -103,6 +103,8 @@ def _device_plans(
         for part, num_bytes in add_parts([*held, *(site for device, site in ends if device == name)]).items():
             parts[part] = num_bytes
         parts["kv_cache"] = running.kv_layer_bytes * len(layers)
+        if name == placement.embedding:
+            parts["kv_cache"] += running.draft_kv_bytes
         parts["workspace"], parts["runtime"] = running.workspace_bytes, running.runtime_bytes
         plans.append(
             DevicePlan(

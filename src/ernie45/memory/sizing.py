@@ -18,7 +18,7 @@ from ernie45.memory.budget import (
 from ernie45.memory.estimate import PartBytes, WeightSites, estimate_sites
 from ernie45.memory.placement import DeviceMemory, Running, excess_bytes, place, token_seconds
 from ernie45.memory.plan import Verdict
-from ernie45.memory.workspace import RUNTIME_BYTES, loading_bytes, workspace_bytes
+from ernie45.memory.workspace import RUNTIME_BYTES, loading_bytes, runs_natively, workspace_bytes
 from ernie45.presets import PRESETS, QuantPreset
 from ernie45.spec import DtypeName, ModelSpec
 
@@ -26,6 +26,15 @@ from ernie45.spec import DtypeName, ModelSpec
 _BY_QUALITY = {"cpu": ("none", "int8", "int4"), "cuda": ("none", "bnb-int8", "nf4"), "mps": ("none", "int8", "int4")}
 _SLOWED_BY_BATCH = 1.1  # at most, one request beside no others
 _STREAMED_LAYERS = 2  # whose experts are held at once: of one layer while those of the next are read
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DraftNeeds:
+    """What guessing takes beside the model and its head for multi-token prediction: bytes of weights, and of KV cache
+    for a token of each sequence."""
+
+    weight_bytes: int = 0
+    kv_token_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +51,9 @@ class PlanRequest:
         free_disk_bytes: what the disk may take, None where it was not named.
         weights: bytes by part that a build with `preset` has found, which then count and not the estimate.
         max_pixels: of a picture; None is the checkpoint's own limit.
+        draft: what guesses tokens, None where nothing does.
         is_stored_quantised: whether `preset` is how the files are stored, so that no other can be had of them.
+        native: whether there are native kernels for the devices and for how the files are stored.
         notes: for the plan.
     """
 
@@ -59,7 +70,9 @@ class PlanRequest:
     free_disk_bytes: int | None = None
     weights: PartBytes | None = None
     max_pixels: int | None = None
+    draft: DraftNeeds | None = None
     is_stored_quantised: bool = False
+    native: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -80,6 +93,8 @@ class Sizing:
             self.spec, preset, bytes_per_value=self.bytes_per_value, has_own_head=request.has_own_head
         )
         self.sites = sites if request.weights is None else sites.scaled_to(request.weights)
+        if request.draft is not None:
+            self.sites = _with_draft(self.sites, request.draft.weight_bytes)
         self.weight_bytes = self.sites.total().total()
         on_disk = estimate_sites(
             self.spec,
@@ -88,9 +103,12 @@ class Sizing:
             has_own_head=request.has_own_head,
         )
         self.disk_bytes = self.weight_bytes + on_disk.total().total() - sites.total().total()
+        self.native = request.native and runs_natively(self.spec, preset, request.dtype)
         self.cpus = tuple(device for device in request.devices if device.kind == "cpu")
 
     def running(self, budget: Budget) -> Running:
+        draft = self.request.draft
+        draft_token_bytes = 0 if draft is None else draft.kv_token_bytes
         return Running(
             kv_layer_bytes=self.kv_token_bytes * budget.context_tokens * budget.max_batch // self.spec.num_layers,
             kv_read_bytes=self.kv_token_bytes * budget.context_tokens // 2 // self.spec.num_layers,
@@ -102,9 +120,14 @@ class Sizing:
                 max_batch=budget.max_batch,
                 kv_dtype=self.request.kv_dtype,
                 max_pixels=self.request.max_pixels,
+                has_draft=draft is not None,
+                native=self.native,
             ),
-            loading_bytes=loading_bytes(self.spec, self.preset, bytes_per_value=self.bytes_per_value),
+            loading_bytes=loading_bytes(
+                self.spec, self.preset, bytes_per_value=self.bytes_per_value, native=self.native
+            ),
             runtime_bytes=RUNTIME_BYTES,
+            draft_kv_bytes=draft_token_bytes * budget.context_tokens * budget.max_batch,
         )
 
     def holds(self, verdict: Verdict, budget: Budget) -> bool:
@@ -158,6 +181,12 @@ class Sizing:
 def presets_by_quality(request: PlanRequest) -> list[QuantPreset]:
     """The presets that "auto" chooses from on the first device, the best first."""
     return [PRESETS[name] for name in _BY_QUALITY[request.devices[0].kind]]
+
+
+def _with_draft(sites: WeightSites, weight_bytes: int) -> WeightSites:
+    """With another model's weights beside the embedding."""
+    beside = sites.embedding.get("draft", 0) + weight_bytes
+    return replace(sites, embedding={**sites.embedding, "draft": beside})
 
 
 def _without_most_experts(sites: WeightSites) -> WeightSites:

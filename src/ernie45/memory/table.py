@@ -24,6 +24,7 @@ LABELS: Mapping[str, str] = MappingProxyType(
         "norms": "norms",
         "vision": "vision",
         "scales": "scales",
+        "draft": "draft",
         "kv_cache": "KV cache",
         "workspace": "workspace",
         "runtime": "runtime",

@@ -1,7 +1,8 @@
 """What running and loading need beside the weights and the KV cache: arithmetic on a model's shape.
 
 What was measured, and what the constants are made of: docs/decisions/0016-memory-plan.md. Shape letters: n tokens of a
-step, S of the longest sequence, h hidden size, H and Hkv heads, D head width, V vocabulary, b bytes of a number.
+step, S of the longest sequence, h hidden size, H and Hkv heads, D head width, I MLP width, K experts of a token,
+V vocabulary, b bytes of a number.
 """
 
 from __future__ import annotations
@@ -10,26 +11,47 @@ import math
 
 from ernie45.memory.media import encoding_bytes
 from ernie45.presets import INT4_GROUP, Part, QuantPreset
-from ernie45.spec import ModelSpec
+from ernie45.spec import DtypeName, ModelSpec
 
 PREFILL_CHUNK_TOKENS = 512
 """Most prompt tokens in a step. Prompts are run in chunks whose edges are multiples of this, whatever else is running,
 so that a prompt's numbers depend on the prompt alone."""
 
-RUNTIME_BYTES = 44 * 2**20
+MAX_STEP_GUESSES = 16
+"""Most guessed tokens that a step checks beside the one of each running row, over all rows."""
+
+RUNTIME_BYTES = 30 * 2**20
 """What the first load and step bring in beyond the state after imports: libraries' code, the tokenizer, heaps."""
 
+_TORCH_BYTES = 14 * 2**20  # more of the same where torch's products serve
 _HEAP_SHARE = 1.5  # memory that the heap takes for what is in use at a time: freed pieces of other sizes lie between
 _SCALED_VALUES = 2**19  # results that a quantised product scales at a time
 _COMPILED_BYTES = 100 * 2**10  # oneDNN's code for a product of one shape, kept
-_COMPILED_ROWS = 4  # products of fewer rows are padded to these; their code is in RUNTIME_BYTES
+_COMPILED_ROWS = 4  # products of fewer rows are padded to these; their code is in _TORCH_BYTES
 _LAYER_BYTES = 600 * 2**10  # heap that a first step leaves taken for each layer
 _MATRIX_KINDS = 4  # shapes of a layer's matrices
 _READ_BYTES = 16 * 2**20
-_QUANTISING_BYTES = 8 * 2**20
+_ROUNDING_BYTES = 8 * 2**20  # scratch of rounding, which the heap keeps
 _MEDIA_CACHE_BYTES = 256 * 2**20
 _PUBLISHED_MAX_PIXELS = 6177 * 28 * 28
 _FLOAT = 4
+# Of csrc: columns that matrices are multiples of, outputs side by side, keys of a span, tokens of a run whose spans are
+# kept apart, and what each thread of attention works in.
+_COLUMNS, _PANEL, _KEY_SPAN, _QUERY_TILE = 32, 64, 1024, 16
+_SCRATCH_BYTES = 2**20
+
+
+def runs_natively(spec: ModelSpec, preset: QuantPreset, dtype: DtypeName) -> bool:
+    """Whether the native kernels, where there are any, take all layers of a model whose hidden states are `dtype`."""
+    known = {"bfloat16": (None, "int8", "int4"), "float32": ("int8", "int4"), "float16": ()}[dtype]
+    mlps = {(part, width) for uses in _mlps(spec) for part, _, width in uses}
+    matrices: set[tuple[Part, int]] = {("attention", spec.hidden_size), ("attention", spec.num_heads * spec.head_dim)}
+    matrices |= mlps | {(part, spec.hidden_size) for part, _ in mlps}
+    return (
+        all(columns % _COLUMNS == 0 and preset.scheme(part, columns) in known for part, columns in matrices)
+        and all(width % _PANEL == 0 for _, width in mlps)
+        and spec.head_dim % _COLUMNS == 0
+    )
 
 
 def workspace_bytes(
@@ -41,41 +63,122 @@ def workspace_bytes(
     max_batch: int,
     kv_dtype: str,
     max_pixels: int | None = None,
+    has_draft: bool = False,
+    native: bool = False,
 ) -> int:
-    """Most bytes of intermediate values of a step, the rotary table, 4 · S · D, and code compiled for numbers of rows.
+    """Most bytes of intermediate values of a step, and the rotary table, 4 · S · D; without `native` kernels also code
+    that torch compiles for numbers of rows.
 
-    A step is a chunk of the longest prompt, or a token of every row; or the encoding of a picture of `max_pixels`,
-    None for the published limit, where the model sees. Features are counted for as many pictures as fit the prompts of
-    a batch.
+    A step is a chunk of the longest prompt, or a token of every row, with a draft also those that are checked; or the
+    encoding of a picture of `max_pixels`, None for the published limit, where the model sees. Features are counted for
+    as many pictures as fit the prompts of a batch.
     """
-    linears = 0 if preset.linear in ("int4", "nf4") else _MATRIX_KINDS
-    row_counts = max(0, max_batch - _COMPILED_ROWS) + 2 * (context_tokens > PREFILL_CHUNK_TOKENS)
-    compiled = (1 + linears) * _COMPILED_BYTES * row_counts + _LAYER_BYTES * spec.num_layers
-    steps = _Steps(spec, preset, bytes_per_value, context_tokens, kv_dtype)
-    prefill = steps.step(min(PREFILL_CHUNK_TOKENS, context_tokens), 1)
-    most = max(prefill, steps.step(max_batch, max_batch))
-    features = 0
+    encoding = features = 0
     if spec.vision is not None:
         side = math.isqrt(max_pixels or _PUBLISHED_MAX_PIXELS) // spec.vision.patch_size
-        most = max(most, encoding_bytes((1, side, side), spec, bytes_per_value))
+        encoding = encoding_bytes((1, side, side), spec, bytes_per_value)
         features = min(context_tokens * max_batch * spec.hidden_size * bytes_per_value, _MEDIA_CACHE_BYTES)
-    return int(_HEAP_SHARE * most) + features + compiled + _FLOAT * context_tokens * spec.head_dim
+    chunk, most_rows = min(PREFILL_CHUNK_TOKENS, context_tokens), max_batch + MAX_STEP_GUESSES * has_draft
+    if native:
+        native_steps = _NativeSteps(spec, preset, bytes_per_value, context_tokens)
+        most = native_steps.most(chunk, most_rows) + int(_HEAP_SHARE * encoding) + _rounding_bytes(preset)
+    else:
+        linears = 0 if preset.linear in ("int4", "nf4") else _MATRIX_KINDS
+        row_counts = max(0, most_rows - _COMPILED_ROWS) + 2 * (context_tokens > PREFILL_CHUNK_TOKENS)
+        compiled = (1 + linears) * _COMPILED_BYTES * row_counts + _LAYER_BYTES * spec.num_layers
+        steps = _Steps(spec, preset, bytes_per_value, context_tokens, kv_dtype)
+        fullest = max(steps.step(chunk, 1), steps.step(most_rows, most_rows), encoding)
+        most = int(_HEAP_SHARE * fullest) + compiled
+    if not native or spec.vision is not None:
+        most += _TORCH_BYTES
+    return most + features + _FLOAT * context_tokens * spec.head_dim
 
 
-def loading_bytes(spec: ModelSpec, preset: QuantPreset, *, bytes_per_value: int) -> int:
+def loading_bytes(spec: ModelSpec, preset: QuantPreset, *, bytes_per_value: int, native: bool = False) -> int:
     """Most bytes that loading needs beside the weights: the buffer that the widest matrix of a layer is read into
     before it is packed or rounded, blocks of files, and scratch of rounding.
 
-    Embedding and head are rounded block by block.
+    Embedding and head are rounded block by block. What stays in the model's dtype is read into its place with `native`
+    kernels.
     """
+    rounding = _rounding_bytes(preset)
+    if native and not rounding:
+        return _READ_BYTES
     hidden = spec.hidden_size
     widest = max(2 * spec.intermediate_size, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)
-    scratch = 0 if preset.linear is None and preset.experts is None else _QUANTISING_BYTES
-    return widest * hidden * bytes_per_value + _READ_BYTES + scratch
+    return widest * hidden * bytes_per_value + _READ_BYTES + rounding
+
+
+def _rounding_bytes(preset: QuantPreset) -> int:
+    return 0 if preset.linear is None and preset.experts is None else _ROUNDING_BYTES
+
+
+def _mlps(spec: ModelSpec) -> list[list[tuple[Part, int, int]]]:
+    """For each kind of layer the MLPs that work together: part, rows for each token, width."""
+    kinds: list[list[tuple[Part, int, int]]] = []
+    experts = spec.experts
+    has_experts = [experts is not None and experts.in_layer(layer) for layer in range(spec.num_layers)]
+    if not all(has_experts):
+        kinds.append([("dense_mlp", 1, spec.intermediate_size)])
+    if experts is not None and any(has_experts):
+        width = experts.num_shared_experts * experts.intermediate_size
+        shared: list[tuple[Part, int, int]] = [("shared_experts", 1, width)] if width else []
+        banks = [experts] if spec.vision is None else [experts, spec.vision.experts]
+        kinds += [[("routed_experts", bank.experts_per_token, bank.intermediate_size), *shared] for bank in banks]
+    return kinds
+
+
+class _NativeSteps:
+    """Bytes of steps on the native kernels: one block of memory for what a call works with, kept at its largest, and
+    beside it hidden states and logits."""
+
+    def __init__(self, spec: ModelSpec, preset: QuantPreset, bytes_per_value: int, context_tokens: int) -> None:
+        self.spec, self.preset, self.b, self.context_tokens = spec, preset, bytes_per_value, context_tokens
+
+    def most(self, chunk_tokens: int, most_rows: int) -> int:
+        """Of a chunk of one prompt, and of a token of every row."""
+        few = max(most_rows, _QUERY_TILE)
+        attention = max(self._attention(chunk_tokens), self._attention(few) + self._partials(few)) + _SCRATCH_BYTES
+        mlp = max(self._mlp(uses, max(chunk_tokens, most_rows)) for uses in _mlps(self.spec))
+        head = self._rows("head", most_rows, self.spec.hidden_size)
+        return max(attention, mlp, head) + max(self._around(chunk_tokens, 1), self._around(most_rows, most_rows))
+
+    def _around(self, n: int, num_wanted: int) -> int:
+        """x and its angles; float32 logits, and two more rows of them while a token is drawn."""
+        spec = self.spec
+        logits = (num_wanted + 2) * spec.vocab_size * _FLOAT
+        return n * (spec.hidden_size * self.b + 2 * spec.head_dim * _FLOAT) + logits
+
+    def _rows(self, part: Part, n: int, width: int) -> int:
+        """Rows in the form that a matrix takes: bfloat16; or bytes, with a scale and an offset for each row, in "int4"
+        for each group."""
+        scheme = self.preset.scheme(part, width)
+        if scheme is None:
+            return n * width * 2
+        return n * (width + 2 * _FLOAT * (width // INT4_GROUP if scheme == "int4" else 1))
+
+    def _attention(self, n: int) -> int:
+        """norm(x); query, key and value, and what attention gives, in float32; its rows."""
+        spec = self.spec
+        attended, heads = spec.num_heads * spec.head_dim, 2 * spec.num_heads + 2 * spec.num_kv_heads
+        rows = self._rows("attention", n, spec.hidden_size) + self._rows("attention", n, attended)
+        return rows + n * heads * spec.head_dim * _FLOAT
+
+    def _partials(self, n: int) -> int:
+        """Of every token, head and span of the keys a sum, its maximum and its share."""
+        spans = -(-self.context_tokens // _KEY_SPAN)
+        return n * self.spec.num_heads * spans * (self.spec.head_dim + 2) * _FLOAT
+
+    def _mlp(self, uses: list[tuple[Part, int, int]], n: int) -> int:
+        """norm(x) in each form; silu(gate) · up in float32, and its rows."""
+        hidden = self.spec.hidden_size
+        forms = {self.preset.scheme(part, hidden): self._rows(part, n, hidden) for part, _, _ in uses}
+        wide = sum(n * rows * width * _FLOAT + self._rows(part, n * rows, width) for part, rows, width in uses)
+        return sum(forms.values()) + wide
 
 
 class _Steps:
-    """Bytes in use at the fullest point of a step."""
+    """Bytes in use at the fullest point of a step on torch's products."""
 
     def __init__(
         self, spec: ModelSpec, preset: QuantPreset, bytes_per_value: int, context_tokens: int, kv_dtype: str

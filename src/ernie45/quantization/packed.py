@@ -6,6 +6,7 @@ Shape letters: N rows (outputs), K columns (inputs), G groups of a row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -117,14 +118,27 @@ def unpack_int4(packed: Tensor, group_size: int) -> Tensor:
     return torch.cat((halves & 15, halves >> 4), dim=2).flatten(1)
 
 
-def empty_packed(scheme: str, out_features: int, in_features: int, group_size: int, device: torch.device) -> Packed:
-    """Room for one of our own packed matrices, "int8" or "int4"."""
+class Take(Protocol):
+    """Takes memory for an uninitialised tensor."""
+
+    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
+
+
+def empty_packed(
+    scheme: str,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    device: torch.device,
+    take_codes: Take | None = None,
+) -> Packed:
+    """Room for one of our own packed matrices, "int8" or "int4"; that for its codes comes from `take_codes`."""
+    take = take_codes or (lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device))
     scales = torch.empty(out_features, dtype=torch.float32, device=device)
     if scheme == "int8":
-        codes = torch.empty((out_features, in_features), dtype=torch.int8, device=device)
-        return PackedInt8(codes=codes, scales=scales)
+        return PackedInt8(codes=take((out_features, in_features), torch.int8), scales=scales)
     return PackedInt4(
-        codes=torch.empty((out_features, in_features // 2), dtype=torch.uint8, device=device),
+        codes=take((out_features, in_features // 2), torch.uint8),
         scales=torch.empty((out_features, in_features // group_size), dtype=torch.int8, device=device),
         row_scales=scales,
     )

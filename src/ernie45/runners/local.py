@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ernie45.backends.base import Backend
 from ernie45.engine.engine import Engine
+from ernie45.engine.speculation.speculation import Speculation
 from ernie45.memory.budget import KVDtype
 from ernie45.runners.base import Handle
 from ernie45.types.placement import Placement
@@ -22,6 +23,8 @@ class LocalRunner:
         num_token_ids: int,
         kv_dtype: KVDtype = "auto",
         placement: Placement | None = None,
+        prefix_cache: bool = True,
+        speculation: Speculation | None = None,
     ) -> None:
         """The arguments are those of `Engine`."""
         self._engine = Engine(
@@ -31,6 +34,8 @@ class LocalRunner:
             num_token_ids=num_token_ids,
             kv_dtype=kv_dtype,
             placement=placement,
+            prefix_cache=prefix_cache,
+            speculation=speculation,
         )
 
     def submit(self, request: TokenRequest) -> Handle:

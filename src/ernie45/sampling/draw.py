@@ -51,7 +51,13 @@ def greedy_tokens(logits: Tensor, num_token_ids: int) -> list[Best]:
     For rows whose sampler says `is_plain_greedy`: many rows share one pass over the threads, or one wait for a device.
     The caller puts each `logit` through `check_finite`, so that one bad row is its own affair.
     """
-    best = logits[:, :num_token_ids].max(dim=-1)
+    allowed = logits[:, :num_token_ids]
+    if allowed.device.type == "cpu":
+        # numpy's, which runs on this thread alone: torch's threads would be looking for more work for a while, and take
+        # the processors from the next step.
+        rows = allowed.numpy()
+        return [Best(int(best), float(row[best])) for row, best in zip(rows, rows.argmax(axis=1), strict=True)]
+    best = allowed.max(dim=-1)
     return [Best(*pair) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -20,11 +19,12 @@ from ernie45.sampling.penalties import (
     apply_presence_penalty,
     apply_repetition_penalty,
 )
+from ernie45.sampling.speculative import RandomNumbers
 from ernie45.types.requests import Sampling
 from ernie45.types.results import TokenLogprob
 
 Adjust = Callable[[Tensor], Tensor]
-Choose = Callable[[Tensor], int]
+Choose = Callable[[Tensor, float], int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +54,7 @@ class Sampler:
         self._num_token_ids = num_token_ids
         self._adjustments = adjustments
         self._choose = choose
+        self._numbers = RandomNumbers(sampling.seed)
         self._seen = seen
         self._num_logprobs = sampling.logprobs
         self._is_plain_greedy = sampling.greedy and not adjustments and sampling.logprobs is None
@@ -69,10 +70,14 @@ class Sampler:
         Raises:
             CorruptFileError: the logits hold NaN or +inf, or nothing but -inf.
         """
-        adjusted = logits[: self._num_token_ids]
-        for adjust in self._adjustments:
-            adjusted = adjust(adjusted)
-        return self.take(logits, self._choose(adjusted))
+        return self.take(logits, self._choose(self._adjusted(logits), self._numbers.take()))
+
+    def guess(self, logits: Tensor, num_ahead: int) -> int:
+        """What would be drawn from a draft's `logits` [V] for the token that comes `num_ahead` after the next.
+
+        Nothing is counted, and the draws to come stay what they were. Of the tokens between, penalties know nothing.
+        """
+        return self._choose(self._adjusted(logits), self._numbers.ahead(num_ahead))
 
     def take(self, logits: Tensor, token_id: int) -> Drawn:
         """Take `token_id` for the next token, as if it had been drawn from raw `logits` [V]."""
@@ -81,6 +86,12 @@ class Sampler:
         if self._num_logprobs is None:
             return Drawn(token_id=token_id)
         return Drawn(token_id=token_id, logprob=token_logprob(logits, token_id, self._num_logprobs))
+
+    def _adjusted(self, logits: Tensor) -> Tensor:
+        adjusted = logits[: self._num_token_ids]
+        for adjust in self._adjustments:
+            adjusted = adjust(adjusted)
+        return adjusted
 
 
 def build_sampler(
@@ -115,7 +126,7 @@ def build_sampler(
     return Sampler(
         num_token_ids=num_token_ids,
         adjustments=adjustments,
-        choose=greedy_token if sampling.greedy else _build_draw(sampling),
+        choose=_build_choice(sampling),
         seen=seen,
         sampling=sampling,
     )
@@ -144,7 +155,7 @@ def _build_penalties(sampling: Sampling, seen: SeenTokens) -> Adjust:
     return apply_penalties
 
 
-def _build_draw(sampling: Sampling) -> Choose:
-    # Python's generator gives a seed's numbers alike on every machine; for None the system draws a seed.
-    numbers = random.Random(sampling.seed)
-    return lambda logits: sampled_token(logits, sampling, numbers.random())
+def _build_choice(sampling: Sampling) -> Choose:
+    if sampling.greedy:
+        return lambda logits, _uniform: greedy_token(logits)
+    return lambda logits, uniform: sampled_token(logits, sampling, uniform)

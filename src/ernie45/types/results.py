@@ -28,7 +28,9 @@ class TokenLogprob:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenEvent:
-    """One step of one request: a token, the end, or both. `seconds` counts from the request's submission.
+    """One step of one request: a token, the end, or both. `seconds` counts from the request's submission, and
+    `cached_tokens` of its prompt were taken over from other requests. So far `draft_tokens` were guessed,
+    `accepted_draft_tokens` of them rightly.
 
     A scoring request gets no tokens but `logits` [n, V] (float32), one event for each chunk of its prompt.
     """
@@ -38,15 +40,23 @@ class TokenEvent:
     logprob: TokenLogprob | None = None
     finish_reason: FinishReason | None = None
     logits: torch.Tensor | None = None
+    cached_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
-    """What one reply cost. Seconds count from submission; `tokens_per_second` is that of the tokens after the first."""
+    """What one reply cost. Of `prompt_tokens`, `cached_tokens` were not computed but taken over from other requests
+    that begin alike. With `draft=`, `draft_tokens` were guessed, of which `accepted_draft_tokens` were right and came
+    without a step of their own. Seconds count from submission; `tokens_per_second` is that of the tokens after the
+    first."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
     seconds_to_first_token: float | None = None
     seconds: float = 0.0
     tokens_per_second: float | None = None

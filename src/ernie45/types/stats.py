@@ -1,4 +1,4 @@
-"""Where the time of loading a model went."""
+"""Where the time of loading a model went, and what came of its guesses."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ class ModelStats:
     """What was measured of one model.
 
     `load_stages` are seconds by stage, in order: "find" (the folder, with downloads), "check" (config, headers, plan),
-    "tokenizer", "weights" (reading and quantising `read_bytes` bytes of files) and "engine".
+    "tokenizer", "weights" (reading and quantising `read_bytes` bytes of files) and "engine". With `draft=`,
+    `draft_tokens` were guessed so far, `accepted_draft_tokens` of them rightly.
     """
 
     load_stages: Mapping[str, float]
     read_bytes: int
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
 
     @property
     def load_seconds(self) -> float:
@@ -28,7 +31,11 @@ class ModelStats:
         stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.load_stages.items())
         weights = self.load_stages.get("weights", 0.0)
         rate = f"; weights at {self.read_bytes / weights / 1e9:.2f} GB/s" if weights else ""
-        return f"loaded in {self.load_seconds:.2f} s ({stages}{rate})"
+        guesses = ""
+        if self.draft_tokens:
+            share = self.accepted_draft_tokens / self.draft_tokens
+            guesses = f"; {self.draft_tokens:,} tokens guessed, {share:.0%} of them rightly"
+        return f"loaded in {self.load_seconds:.2f} s ({stages}{rate}){guesses}"
 
 
 class StageClock:

@@ -1,0 +1,217 @@
+"""The decoder's layers on the native kernels: two or three calls a layer, hidden states changed in place."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import final
+
+from torch import Tensor
+
+from ernie45.backends.base import Batch, VisionTokens
+from ernie45.backends.decoder import (
+    Attention,
+    Decoder,
+    DenseMLP,
+    ExpertBank,
+    ExpertMLP,
+    Head,
+    Norm,
+    NormedHead,
+    Router,
+    Stage,
+)
+from ernie45.backends.kv_cache import DenseStore, Int8Store, KVCache, KVStore
+from ernie45.kernels.native import (
+    AttentionStruct,
+    BatchStruct,
+    Kernels,
+    KVStruct,
+    MlpStruct,
+    NormStruct,
+    RouterStruct,
+    batch_struct,
+    kernels,
+    kv_struct,
+)
+from ernie45.kernels.panels import PanelLinear
+from ernie45.memory.workspace import PREFILL_CHUNK_TOKENS
+
+_PANEL = 64  # outputs that the kernels take at a time: gate and up must begin with whole ones
+
+
+def native_stage(stage: Stage) -> Stage | NativeStage:
+    """The same layers on the native kernels, if these serve all of them; else the stage as it is."""
+    native = kernels()
+    if native is None or stage.device.type != "cpu":
+        return stage
+    parts = [
+        (_attention_part(native, layer.attention_norm, layer.attention), _mlp_part(native, layer.mlp_norm, layer.mlp))
+        for layer in stage.layers
+    ]
+    layers = [(attention, mlp) for attention, mlp in parts if attention is not None and mlp is not None]
+    return NativeStage(stage, layers) if len(layers) == len(parts) else stage
+
+
+def prefix_tokens(decoder: Decoder) -> int:
+    """In multiples of how many tokens a prefix may be taken over: on the native kernels a token's keys and values are
+    the same bits in whatever steps the tokens before it were run, elsewhere only in the same chunks."""
+    return 1 if all(isinstance(stage, NativeStage) for stage in decoder.stages) else PREFILL_CHUNK_TOKENS
+
+
+@final
+class NativeStage:
+    """What a `Stage` is, with its layers as structs. It keeps the stage, for structs hold addresses only."""
+
+    def __init__(self, stage: Stage, layers: Sequence[tuple[AttentionPart, DensePart | ExpertPart]]) -> None:
+        self.device = stage.device
+        self._stage, self._layers = stage, layers
+        self._cache: KVCache | None = None
+        self._kv: list[KVStruct] = []
+
+    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
+        """x [N, h] through the layers, in place."""
+        cos, sin = (table[:, 0].contiguous() for table in self._stage.angles(batch))
+        rows, _numbers = batch_struct([(row.slot, row.start, row.num_tokens) for row in batch.rows], cos, sin)
+        if self._cache is not batch.cache:
+            self._cache, self._kv = batch.cache, self._structs(batch.cache)
+        x = x.contiguous()
+        for (attention, mlp), kv in zip(self._layers, self._kv, strict=True):
+            attention(x, rows, kv)
+            mlp(x, batch.vision)
+        return x
+
+    def _structs(self, cache: KVCache) -> list[KVStruct]:
+        first = self._stage.first
+        return [_kv(cache.keys[layer], cache.values[layer]) for layer in range(first, first + len(self._layers))]
+
+
+@final
+class AttentionPart:
+    """x += attention(norm(x))"""
+
+    def __init__(self, native: Kernels, norm: Norm, attention: Attention, qkv: PanelLinear, out: PanelLinear) -> None:
+        self._native = native
+        norm_struct, self._weight = _norm(norm)
+        sizes = attention.num_heads, attention.num_kv_heads, attention.head_dim
+        self._struct = AttentionStruct(norm_struct, qkv.struct, out.struct, *sizes)
+
+    def __call__(self, x: Tensor, rows: BatchStruct, kv: KVStruct) -> None:
+        self._native.attention(self._struct, rows, kv, x)
+
+
+@final
+class DensePart:
+    """x += mlp(norm(x))"""
+
+    def __init__(self, native: Kernels, norm: Norm, mlp: MlpStruct) -> None:
+        self._native, self._mlp = native, mlp
+        self._norm, self._weight = _norm(norm)
+
+    def __call__(self, x: Tensor, tokens: VisionTokens | None) -> None:
+        self._native.mlp(self._norm, self._mlp, x)
+
+
+@final
+class ExpertPart:
+    """x += experts(norm(x)) + shared(norm(x)), by the bank of experts that a token belongs to."""
+
+    def __init__(
+        self, native: Kernels, norm: Norm, text: _Bank, vision: _Bank | None, shared: MlpStruct | None
+    ) -> None:
+        self._native, self._text, self._vision, self._shared = native, text, vision, shared
+        self._norm, self._weight = _norm(norm)
+
+    def __call__(self, x: Tensor, tokens: VisionTokens | None) -> None:
+        if tokens is None:
+            self._run(self._text, x)
+            return
+        assert self._vision is not None
+        for bank, numbers in ((self._text, tokens.text), (self._vision, tokens.routed)):
+            if len(numbers):
+                rows = x[numbers]
+                self._run(bank, rows)
+                x[numbers] = rows
+
+    def _run(self, bank: _Bank, x: Tensor) -> None:
+        chosen, shares = self._native.route(self._norm, bank.router, x)
+        self._native.experts(self._norm, bank.table, self._shared, chosen, shares, x)
+
+
+@final
+class _Bank:
+    """A router and the addresses of its experts."""
+
+    def __init__(self, router: Router, experts: Sequence[MlpStruct]) -> None:
+        self._experts, self._router = experts, router
+        num_experts, width = router.weight.shape
+        correction = None if router.correction is None else router.correction.data_ptr()
+        self.router = RouterStruct(
+            router.weight.data_ptr(), correction, num_experts, width, router.experts_per_token, router.norm_min
+        )
+        self.table = (ctypes.c_void_p * num_experts)(*map(ctypes.addressof, experts))
+
+
+def native_head(head: NormedHead) -> Head:
+    """The same on the native kernels, if its matrix is in panels."""
+    native = kernels()
+    if native is None or not isinstance(head.linear, PanelLinear):
+        return head
+    return _NativeHead(native, head, head.linear)
+
+
+@final
+class _NativeHead:
+    def __init__(self, native: Kernels, head: NormedHead, linear: PanelLinear) -> None:
+        self._native, self._linear = native, linear
+        self._norm, self._weight = _norm(head.norm)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._native.head(self._norm, self._linear.struct, x.contiguous())
+
+
+def _attention_part(native: Kernels, norm: Norm, attention: Attention) -> AttentionPart | None:
+    qkv, out = attention.qkv, attention.out
+    if isinstance(qkv, PanelLinear) and isinstance(out, PanelLinear) and attention.head_dim % 32 == 0:
+        return AttentionPart(native, norm, attention, qkv, out)
+    return None
+
+
+def _mlp_part(native: Kernels, norm: Norm, mlp: DenseMLP | ExpertMLP) -> DensePart | ExpertPart | None:
+    if isinstance(mlp, DenseMLP):
+        struct = _mlp(mlp)
+        return None if struct is None else DensePart(native, norm, struct)
+    text, vision = _bank(mlp.text), None if mlp.vision is None else _bank(mlp.vision)
+    shared = None if mlp.shared is None else _mlp(mlp.shared)
+    if text is None or (vision is None) != (mlp.vision is None) or (shared is None) != (mlp.shared is None):
+        return None
+    return ExpertPart(native, norm, text, vision, shared)
+
+
+def _bank(bank: ExpertBank) -> _Bank | None:
+    structs = [_mlp(expert) for expert in bank.experts]
+    experts = [struct for struct in structs if struct is not None]
+    if bank.device.type != "cpu" or len(experts) < len(structs):
+        return None
+    return _Bank(bank.router, experts)
+
+
+def _mlp(mlp: DenseMLP) -> MlpStruct | None:
+    gate_up, down = mlp.gate_up, mlp.down
+    if not isinstance(gate_up, PanelLinear) or not isinstance(down, PanelLinear):
+        return None
+    return MlpStruct(gate_up.struct, down.struct) if gate_up.out_features % (2 * _PANEL) == 0 else None
+
+
+def _norm(norm: Norm) -> tuple[NormStruct, Tensor]:
+    """The struct, and the weight in float32 that it points to."""
+    weight = norm.weight.float().contiguous()
+    return NormStruct(weight.data_ptr(), norm.eps), weight
+
+
+def _kv(keys: KVStore, values: KVStore) -> KVStruct:
+    if isinstance(keys, Int8Store) and isinstance(values, Int8Store):
+        return kv_struct(keys.codes, values.codes, keys.scales, values.scales)
+    assert isinstance(keys, DenseStore)
+    assert isinstance(values, DenseStore)
+    return kv_struct(keys.x, values.x, None, None)

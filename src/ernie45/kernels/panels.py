@@ -1,0 +1,175 @@
+"""Matrices that the native kernels multiply with, in bfloat16, int8 or int4: in panels of 64 outputs."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ernie45.kernels.linear import bias_bytes
+from ernie45.kernels.native import NATIVE_DTYPES, MatrixStruct, kernels
+from ernie45.presets import INT4_GROUP
+from ernie45.quantization.packed import Packed, PackedInt8
+
+_PANEL = 64
+_COLUMNS = 32  # the kernels want multiples of it
+_INT8_FLIP = 0x80  # codes lie there with 128 added
+_DENSE, _INT8, _INT4 = range(3)
+_PIECE_BYTES = 64 * 2**20
+_PAGE_BYTES = 2 * 2**20
+_LINE_BYTES = 64
+
+
+@final
+class PanelMemory:
+    """Memory for weights, mapped in large pieces for which the system is asked to use large pages.
+
+    All weights are read in every step, which takes a quarter longer with pages of 4 KiB
+    (docs/decisions/0020-native-kernels.md). A piece is given back once no tensor lies in it.
+    """
+
+    def __init__(self) -> None:
+        self._rest = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if num_bytes > len(self._rest):
+            self._rest = self._map(max(_PIECE_BYTES, -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES))
+        taken = self._rest[:num_bytes]
+        self._rest = self._rest[-(-num_bytes // _LINE_BYTES) * _LINE_BYTES :]
+        return taken.view(dtype).view(shape)
+
+    def copy(self, x: Tensor) -> Tensor:
+        """The same tensor, here."""
+        return self.take(tuple(x.shape), x.dtype).copy_(x)
+
+    def _map(self, num_bytes: int) -> Tensor:
+        piece = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            piece.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(piece, dtype=torch.uint8)
+
+
+@final
+class PanelLinear:
+    """A matrix in panels, put there where it lay: no memory is needed twice. A row of x gives the same bits whatever
+    stands beside it."""
+
+    __slots__ = ("_bias", "_kept", "_scale_bytes", "code_bytes", "struct")
+
+    def __init__(
+        self, kind: int, panels: Tensor, in_features: int, out_features: int, bias: Tensor | None, *scales: Tensor
+    ) -> None:
+        """`panels` are the padded rows, in panels; `scales` those of the rows, then those of the groups."""
+        self._bias = None if bias is None else bias.float()
+        self._kept = (panels, *scales)
+        row_scales, group_scales = (*(scale.data_ptr() for scale in scales), None, None)[:2]
+        self.struct = MatrixStruct(
+            kind,
+            out_features,
+            in_features,
+            panels.data_ptr(),
+            group_scales,
+            row_scales,
+            None if self._bias is None else self._bias.data_ptr(),
+        )
+        bytes_per_row = panels[0].numel() * panels.element_size()
+        self.code_bytes: int = out_features * bytes_per_row + bias_bytes(bias)
+        groups = in_features // INT4_GROUP if kind == _INT4 else 0
+        self._scale_bytes = 0 if kind == _DENSE else out_features * (4 + groups)
+
+    @property
+    def out_features(self) -> int:
+        return int(self.struct.out_features)
+
+    @property
+    def scale_bytes(self) -> int:
+        return self._scale_bytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        native = kernels()
+        assert native is not None
+        return native.linear(self.struct, x.contiguous())
+
+
+@final
+class PanelEmbedding:
+    """The rows of a matrix in panels, which serves as the output head as well."""
+
+    __slots__ = ("_dtype", "_linear")
+
+    def __init__(self, linear: PanelLinear, dtype: torch.dtype) -> None:
+        self._linear, self._dtype = linear, dtype
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        native = kernels()
+        assert native is not None
+        return native.lookup(self._linear.struct, ids.contiguous(), self._dtype)
+
+
+def takes_panels(dtype: torch.dtype, device: torch.device, in_features: int) -> bool:
+    """Whether matrices of so many columns go into panels here, where hidden states are of `dtype`."""
+    return device.type == "cpu" and dtype in NATIVE_DTYPES and in_features % _COLUMNS == 0 and kernels() is not None
+
+
+def room_for_panels(memory: PanelMemory, out_features: int, in_features: int) -> Tensor:
+    """An uninitialised bfloat16 [N, K], N being padded to whole panels, for `dense_panels`."""
+    return memory.take((_padded(out_features), in_features), torch.bfloat16)
+
+
+def dense_panels(rows: Tensor, out_features: int, bias: Tensor | None) -> PanelLinear:
+    """Of a `room_for_panels` whose first `out_features` rows were filled."""
+    return _put(_DENSE, rows, rows.shape[1], out_features, bias)
+
+
+def packed_panels(
+    packed: Packed, bias: Tensor | None, memory: PanelMemory, *, in_place: bool = False
+) -> PanelLinear | None:
+    """Of a quantised matrix, whose codes lie in `memory` with `in_place` and are copied there without; None for what
+    the kernels do not know: zeros or an order of GPTQ's, and its groups."""
+    if isinstance(packed, PackedInt8):
+        codes = _codes(packed, memory, in_place=in_place)
+        return _put(_INT8, codes, packed.in_features, packed.out_features, bias, _padded_rows(packed.scales))
+    if packed.row_scales is None or packed.zeros is not None or packed.input_order is not None:
+        return None
+    if packed.group_size != INT4_GROUP:
+        return None
+    scales = _padded_rows(packed.scales)
+    grouped = memory.copy(scales.view(-1, _PANEL, scales.shape[1]).transpose(1, 2))
+    row_scales = _padded_rows(packed.row_scales)
+    codes = _codes(packed, memory, in_place=in_place)
+    return _put(_INT4, codes, packed.in_features, packed.out_features, bias, row_scales, grouped)
+
+
+def _put(
+    kind: int, rows: Tensor, in_features: int, out_features: int, bias: Tensor | None, *scales: Tensor
+) -> PanelLinear:
+    native = kernels()
+    assert native is not None
+    native.make_panels(rows, flip=_INT8_FLIP if kind == _INT8 else 0)
+    return PanelLinear(kind, rows, in_features, out_features, bias, *scales)
+
+
+def _codes(packed: Packed, memory: PanelMemory, *, in_place: bool) -> Tensor:
+    """The codes, or a copy of them, in `memory`, padded to whole panels."""
+    num_rows, num_columns = packed.codes.shape
+    if in_place and num_rows % _PANEL == 0:
+        return packed.codes
+    room = memory.take((_padded(num_rows), num_columns), packed.codes.dtype)
+    room[:num_rows] = packed.codes
+    room[num_rows:] = 0
+    return room
+
+
+def _padded_rows(x: Tensor) -> Tensor:
+    """x [N, …] with rows of zeros up to a whole panel; x itself where there are none to add."""
+    missing = _padded(len(x)) - len(x)
+    return torch.cat((x, x.new_zeros((missing, *x.shape[1:])))) if missing else x.contiguous()
+
+
+def _padded(out_features: int) -> int:
+    return -(-out_features // _PANEL) * _PANEL

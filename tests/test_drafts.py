@@ -1,0 +1,214 @@
+"""`draft=`: each way of guessing on the tiny models, what it is refused for, and what it takes."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ernie45 import ErnieModel, catalogue
+from ernie45.drafts import Draft
+from ernie45.engine.speculation.control import StepCost, StepTimes
+from ernie45.engine.speculation.lookup import PromptLookup
+from ernie45.engine.speculation.proposer import Ask
+from ernie45.errors import ErnieError, InvalidRequestError, ModelNotFoundError, UnsupportedError
+from ernie45.testing.tasks import task_names, tasks
+from tests.engine.test_engine import eventually
+from tests.paddle_files import CONFIG, EXPERTS, random_pt, write_checkpoint
+
+DENSE, MOE = "ernie45/tiny-dense", "ernie45/tiny-moe"
+DRAFTS: list[tuple[str, Draft]] = [
+    (DENSE, "lookup"),
+    (DENSE, DENSE),
+    (MOE, "lookup"),
+    (MOE, "mtp"),
+    (MOE, MOE),
+]
+OPTIONS: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 0, "repetition_penalty": 1.2, "logprobs": 2},
+    {"temperature": 1.0, "seed": 5},
+]
+Load = Callable[..., ErnieModel]
+
+
+@pytest.fixture(scope="module")
+def load() -> Iterator[Load]:
+    loaded: dict[tuple[str, Draft], ErnieModel] = {}
+
+    def load(name: str, draft: Draft = None) -> ErnieModel:
+        if (name, draft) not in loaded:
+            loaded[name, draft] = ErnieModel.from_pretrained(name, device="cpu", draft=draft, max_batch=4)
+        return loaded[name, draft]
+
+    yield load
+    for model in loaded.values():
+        model.close()
+
+
+@pytest.fixture(autouse=True)
+def cheap_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether guessing for a tiny model pays on this machine is not the question."""
+    monkeypatch.setattr(StepTimes, "cost", lambda self, num_rows: StepCost(fixed=1.0, token=0.05, guess=0.05))
+
+
+def questions(name: str, num_items: int = 1) -> list[Any]:
+    return [item.messages for task in task_names(name) for item in tasks(task, num_items, seed=9, split="test")]
+
+
+def built_in(name: str) -> Path:
+    entry = catalogue.find(name)
+    assert entry is not None
+    return catalogue.built_in_folder(entry)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(("name", "draft"), DRAFTS)
+def test_replies_are_those_without_a_draft(load: Load, name: str, draft: Draft, options: dict[str, Any]) -> None:
+    conversations = questions(name)
+    plain = load(name).batch_chat(conversations, max_new_tokens=80, **options)
+    drafted = load(name, draft).batch_chat(conversations, max_new_tokens=80, **options)
+    assert [reply.token_ids for reply in drafted] == [reply.token_ids for reply in plain]
+    assert [reply.finish_reason for reply in drafted] == [reply.finish_reason for reply in plain]
+    for reply, expected in zip(drafted, plain, strict=True):
+        ranks = [[token_id for token_id, _ in token.top] for token in reply.logprobs or ()]
+        assert len(ranks) == len(expected.logprobs or ())
+    assert sum(reply.usage.accepted_draft_tokens for reply in drafted) > 0
+
+
+def test_a_stream_with_a_draft_is_the_reply(load: Load) -> None:
+    messages = questions(DENSE)[6]
+    chunks = list(load(DENSE, "lookup").stream_chat(messages, temperature=0))
+    whole = load(DENSE).chat(messages, temperature=0)
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert all(len(chunk.token_ids) <= 1 for chunk in chunks), "a chunk for every token"
+
+
+def test_the_head_of_tiny_moe_is_right_most_of_the_time(load: Load) -> None:
+    model = load(MOE, "mtp")
+    replies = [model.chat(messages, temperature=0, max_new_tokens=100) for messages in questions(MOE, 2)]
+    guessed = sum(reply.usage.draft_tokens for reply in replies)
+    assert guessed > 50
+    assert sum(reply.usage.accepted_draft_tokens for reply in replies) >= 0.6 * guessed
+
+
+def test_copying_is_guessed_from_the_prompt(load: Load) -> None:
+    model = load(DENSE, "lookup")
+    usages = [model.chat(item.messages, temperature=0).usage for item in tasks("copy_replace", 6, seed=3, split="test")]
+    accepted = sum(usage.accepted_draft_tokens for usage in usages)
+    assert accepted > 0.5 * sum(usage.completion_tokens for usage in usages)
+    assert accepted > 0.4 * sum(usage.draft_tokens for usage in usages)
+
+
+def test_bad_guesses_change_nothing_and_fade(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    def guess(self: PromptLookup, asks: Sequence[Ask]) -> list[list[int]]:
+        return [[random.Random(len(ask.token_ids)).randrange(500) for _ in range(ask.most)] for ask in asks]
+
+    prompt = "What is"
+    plain = load(DENSE).generate(prompt, temperature=0, max_new_tokens=400, ignore_eos=True)
+    monkeypatch.setattr(PromptLookup, "propose", guess)
+    guessed = load(DENSE, "lookup").generate(prompt, temperature=0, max_new_tokens=400, ignore_eos=True)
+    assert guessed.token_ids == plain.token_ids
+    assert 0 < guessed.usage.draft_tokens < 100
+
+
+def test_a_seed_gives_the_same_reply_every_time(load: Load) -> None:
+    model = load(MOE, "mtp")
+    messages = questions(MOE)[0]
+    replies = {model.chat(messages, temperature=1.5, top_p=1, seed=8, max_new_tokens=60).token_ids for _ in range(4)}
+    assert len(replies) == 1
+
+
+def test_what_a_draft_takes_is_planned(load: Load) -> None:
+    plain, lookup, head, twin = (load(MOE, draft).plan for draft in (None, "lookup", "mtp", MOE))
+    assert plain.parts["draft"] == lookup.parts["draft"] == 0
+    assert (lookup.weight_bytes, lookup.kv_bytes) == (plain.weight_bytes, plain.kv_bytes)
+    assert head.weight_bytes == plain.weight_bytes + head.parts["draft"]
+    assert head.parts["draft"] > 1_000_000
+    assert head.kv_bytes == plain.kv_bytes * 5 // 4, "one layer beside four"
+    assert twin.kv_bytes == 2 * plain.kv_bytes
+    assert twin.weight_bytes == plain.weight_bytes + twin.parts["draft"]
+    assert plain.weight_bytes / 3 < twin.parts["draft"] < plain.weight_bytes, "int8, since only its speed counts"
+
+
+def test_the_report_accounts_for_the_head(load: Load) -> None:
+    def ignored(draft: Draft) -> list[str]:
+        return [tensor.name for tensor in load(MOE, draft).load_report.ignored if ".mtp_" in tensor.name]
+
+    assert len(ignored(None)) == 12
+    assert ignored("mtp") == []
+    assert load(MOE, "mtp").load_report.weight_parts["draft"] == load(MOE, "mtp").plan.parts["draft"]
+
+
+def test_statistics_count_what_was_guessed(load: Load) -> None:
+    assert load(DENSE).stats.draft_tokens == 0
+    model = load(MOE, "mtp")
+    before = model.stats
+    usage = model.chat(questions(MOE)[0], temperature=0).usage
+    assert usage.draft_tokens > 0
+    # A step is counted when all of it is done, a moment after the reader has its last token.
+    assert eventually(lambda: model.stats.draft_tokens - before.draft_tokens == usage.draft_tokens)
+    assert model.stats.accepted_draft_tokens - before.accepted_draft_tokens == usage.accepted_draft_tokens
+    assert "of them rightly" in str(model.stats)
+
+
+@pytest.mark.parametrize("layout", ["pt", "paddle", "paddleformers"])
+def test_the_head_is_read_in_every_layout(tmp_path: Path, layout: Any) -> None:
+    config = {**CONFIG, **EXPERTS, "num_nextn_predict_layers": 1}
+    folder = write_checkpoint(tmp_path / "model", random_pt(config, mtp=True), config, layout=layout)
+    ids = list(range(5, 25))
+    with ErnieModel.from_pretrained(folder, device="cpu", quantization="none") as plain:
+        expected = plain.generate(ids, temperature=0, max_new_tokens=30, ignore_eos=True)
+    with ErnieModel.from_pretrained(folder, device="cpu", quantization="none", draft="mtp") as model:
+        reply = model.generate(ids, temperature=0, max_new_tokens=30, ignore_eos=True)
+    assert reply.token_ids == expected.token_ids
+    assert reply.usage.draft_tokens > 0
+
+
+@pytest.mark.parametrize("draft", ["", "  ", 3, True, ["lookup"]])
+def test_what_names_no_draft_is_refused(draft: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="draft=") as caught:
+        ErnieModel.from_pretrained(DENSE, draft=draft)
+    assert "lookup" in caught.value.hint
+
+
+def test_a_draft_that_is_not_there_is_named() -> None:
+    with pytest.raises(ModelNotFoundError, match="nowhere"):
+        ErnieModel.from_pretrained(DENSE, draft="./nowhere")
+
+
+def test_a_checkpoint_without_a_head_says_so() -> None:
+    with pytest.raises(UnsupportedError, match=r"draft='mtp'.*mtp_linear_proj") as caught:
+        ErnieModel.from_pretrained(DENSE, device="cpu", draft="mtp")
+    assert "lookup" in caught.value.hint
+    with pytest.raises(UnsupportedError, match="not that of a text model"):
+        ErnieModel.from_pretrained("ernie45/tiny-vl", device="cpu", draft="mtp")
+
+
+def refusal(name: str | Path, draft: str | Path) -> ErnieError:
+    with pytest.raises(InvalidRequestError) as caught:
+        ErnieModel.from_pretrained(name, device="cpu", draft=draft)
+    return caught.value
+
+
+def test_a_draft_with_other_tokens_is_refused(
+    tmp_path: Path, small_folder_path: Path, make_checkpoint: Callable[..., Path]
+) -> None:
+    sizes = refusal(DENSE, small_folder_path)
+    assert "tokenizer of" in sizes.message
+    assert "same family" in sizes.hint
+    swapped = Path(shutil.copytree(small_folder_path, tmp_path / "swapped"))
+    config = json.loads((swapped / "tokenizer_config.json").read_text())
+    config["cls_token"] = "<|other|>"
+    (swapped / "tokenizer_config.json").write_text(json.dumps(config))
+    assert "id " in refusal(small_folder_path, swapped).message
+    plain = make_checkpoint(tmp_path / "plain", tokenizer=False)
+    assert (
+        "vocabulary of" in refusal(plain, make_checkpoint(tmp_path / "other", tokenizer=False, vocab_size=80)).message
+    )
+    assert "vision-language" in refusal(DENSE, "ernie45/tiny-vl").message

@@ -116,6 +116,7 @@ static void after_fork(void) {
     num_workers = 0;
     atomic_store(&num_asleep, 0);
     atomic_store(&num_inside, 0);
+    atomic_store(&ending, 0);
 }
 
 static void start_workers(void) {

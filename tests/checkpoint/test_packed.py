@@ -92,10 +92,10 @@ def test_an_output_head_of_its_own_is_there_though_packed(folder: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_matrices_are_mapped_and_4_bit_pages_are_given_back(tmp_path: Path) -> None:
+def test_matrices_are_mapped_and_their_pages_given_back(tmp_path: Path) -> None:
     config = {**WIDE, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 1}
     source = write_checkpoint(tmp_path / "source", random_pt(config), config, layout="pt")
-    for name, left in (("int4", 0.3), ("int8", 1.1)):
+    for name in ("int4", "int8"):
         folder = tmp_path / name
         preset = QuantPreset(name=name, linear=PRESETS[name].linear)
         save_checkpoint(source, folder, preset, progress=False)
@@ -106,9 +106,7 @@ def test_matrices_are_mapped_and_4_bit_pages_are_given_back(tmp_path: Path) -> N
         codes = matrix[0].codes.clone()
         assert _mapped_bytes(folder) >= matrix[0].codes.nbytes
         packed_source.read_packed({"model.layers.0.self_attn.o_proj": 1024}, 64, CPU)
-        assert _mapped_bytes(folder) < left * num_bytes(matrix[0])
-        if name == "int8":
-            assert _mapped_bytes(folder) >= matrix[0].codes.nbytes
+        assert _mapped_bytes(folder) < 0.3 * num_bytes(matrix[0])
         # Given back is not taken away: the values are still those of the file.
         assert torch.equal(matrix[0].codes, codes)
 

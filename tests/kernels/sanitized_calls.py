@@ -53,7 +53,7 @@ def read_beyond(native: Kernels) -> None:
 
 def main() -> None:
     library.LIBRARY_FILE = Path(sys.argv[1])  # type: ignore[misc]
-    PanelMemory.take = by_itself  # type: ignore[method-assign]
+    PanelMemory.take = by_itself  # type: ignore[method-assign,assignment]
     native = kernels()
     assert native is not None, library.why_not()
     if sys.argv[2:] == ["beyond"]:

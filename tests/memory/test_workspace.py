@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -150,7 +151,7 @@ def kernel_workspace() -> int:
 @pytest.mark.parametrize("preset", ["none", "int8", "int4"])
 def test_the_native_workspace_is_what_the_kernels_keep(name: str, preset: str) -> None:
     trim()
-    options = {"context_tokens": 600, "max_batch": 2}
+    options: dict[str, Any] = {"context_tokens": 600, "max_batch": 2}
     with ErnieModel.from_pretrained(
         f"ernie45/{name}", quantization=preset, device="cpu", dtype="bfloat16", progress=False, **options
     ) as model:

@@ -378,7 +378,7 @@ class WeightBuilder:
 
 class Staging:
     """One buffer that weights are read into before they are packed or quantised, over and over: a fresh one each time
-    would leave holes in the heap, a tenth of the model in all."""
+    would leave holes in the heap, a tenth of the model in all. It lies outside the heap, which would keep it."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._buffer = torch.empty(0, dtype=dtype)
@@ -387,7 +387,7 @@ class Staging:
         """Room for a matrix, until the next call."""
         num_values = shape[0] * shape[1]
         if self._buffer.numel() < num_values:
-            self._buffer = torch.empty(num_values, dtype=self._buffer.dtype)
+            self._buffer = PanelMemory().take((num_values,), self._buffer.dtype)
         return self._buffer[:num_values].view(shape)
 
 

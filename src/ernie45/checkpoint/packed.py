@@ -98,9 +98,9 @@ class PackedCheckpointSource:
             _check_values(f"{name}.{leaf}", tensor)
         if self._advance is not None:
             self._advance(sum(tensor.nbytes for tensor in tensors.values()))
-        if device.type != "cpu" or not is_int8:
-            # Other devices have memory of their own, and 4-bit codes are put into the order of the product's kernel.
-            self._copied += [self._place(f"{name}.{leaf}") for leaf in tensors]
+        # Other devices have memory of their own, and kernels put codes into an order of theirs. Pages of what is used where
+        # it is mapped come back with its first use.
+        self._copied += [self._place(f"{name}.{leaf}") for leaf in tensors]
         return kind(**{leaf: tensor.to(device) for leaf, tensor in tensors.items()})
 
     def _int4_tensors(self, name: str, num_rows: int, in_features: int) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -133,14 +133,15 @@ def packed_panels(
     the kernels do not know: zeros or an order of GPTQ's, and its groups."""
     if isinstance(packed, PackedInt8):
         codes = _codes(packed, memory, in_place=in_place)
-        return _put(_INT8, codes, packed.in_features, packed.out_features, bias, _padded_rows(packed.scales))
+        row_scales = memory.copy(_padded_rows(packed.scales))
+        return _put(_INT8, codes, packed.in_features, packed.out_features, bias, row_scales)
     if packed.row_scales is None or packed.zeros is not None or packed.input_order is not None:
         return None
     if packed.group_size != INT4_GROUP:
         return None
     scales = _padded_rows(packed.scales)
     grouped = memory.copy(scales.view(-1, _PANEL, scales.shape[1]).transpose(1, 2))
-    row_scales = _padded_rows(packed.row_scales)
+    row_scales = memory.copy(_padded_rows(packed.row_scales))
     codes = _codes(packed, memory, in_place=in_place)
     return _put(_INT4, codes, packed.in_features, packed.out_features, bias, row_scales, grouped)
 

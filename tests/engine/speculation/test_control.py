@@ -69,6 +69,20 @@ def test_one_long_pause_of_the_machine_is_no_measurement() -> None:
     times = measured(fixed=0.009, token=0.001)
     times.note_step(num_tokens=5, seconds=10.0)
     assert times.cost(1).token < 0.002
+    times.note_guesses(num_tokens=1, seconds=10.0)
+    assert times.cost(1).guess < 0.004
+
+
+def test_a_size_that_was_seen_once_in_a_bad_moment_is_forgotten() -> None:
+    times = StepTimes()
+    for _ in range(20):
+        times.note_step(num_tokens=1, seconds=0.010)
+    times.note_step(num_tokens=9, seconds=5.0)
+    worst = times.cost(1)
+    for _ in range(250):
+        times.note_step(num_tokens=1, seconds=0.010)
+    assert times.cost(1).token < worst.token
+    assert times.cost(1).best_count(0.7, 8) > 0
 
 
 def test_steps_that_seem_to_get_faster_with_more_tokens_still_cost_something() -> None:

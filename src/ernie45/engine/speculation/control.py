@@ -8,8 +8,9 @@ from typing import final
 # Of a step with one token, until steps of other sizes have been seen.
 _UNMEASURED_TOKEN_SHARE = 0.2
 _LEAST_TOKEN_SHARE = 0.02
-_MOST_WEIGHT = 20  # steps that an average goes over
-_OUTLIER = 4.0  # times the average: a pause of the machine, not of the model
+_FORGETTING = 0.98  # a step, so that the last fifty count
+_LEAST_WEIGHT = 0.01
+_OUTLIER = 2.0  # times what was expected: a pause of the machine, not of the model
 
 _FIRST_SHARE = 0.7
 _SHARE_STEP = 0.15
@@ -44,7 +45,7 @@ class StepCost:
 
 @final
 class StepTimes:
-    """What steps and guesses take on this machine, from those that were run."""
+    """What steps and guesses take on this machine, from those that were run lately."""
 
     def __init__(self) -> None:
         self._steps: dict[int, _Average] = {}
@@ -52,10 +53,20 @@ class StepTimes:
 
     def note_step(self, *, num_tokens: int, seconds: float) -> None:
         """A step ran so many tokens, guesses among them."""
+        if self._steps:
+            cost = self.cost(1)
+            seconds = min(seconds, _OUTLIER * (cost.fixed + num_tokens * cost.token))
+        for average in self._steps.values():
+            average.weight *= _FORGETTING
         self._steps.setdefault(num_tokens, _Average()).add(seconds)
+        # Sizes that did not come for long are measured anew.
+        self._steps = {size: average for size, average in self._steps.items() if average.weight > _LEAST_WEIGHT}
 
     def note_guesses(self, *, num_tokens: int, seconds: float) -> None:
         """Guessing so many tokens took so long."""
+        if self._guesses.weight:
+            seconds = min(seconds, _OUTLIER * self._guesses.mean * num_tokens)
+        self._guesses.weight *= _FORGETTING
         self._guesses.add(seconds / num_tokens)
 
     def cost(self, num_rows: int) -> StepCost:
@@ -77,16 +88,14 @@ class StepTimes:
 
 
 class _Average:
-    """A moving average, in the beginning over all there is."""
+    """A mean of values, of which `weight` says how many count."""
 
     def __init__(self) -> None:
         self.mean = 0.0
-        self.weight = 0
+        self.weight = 0.0
 
     def add(self, value: float) -> None:
-        if self.weight:
-            value = min(value, _OUTLIER * self.mean)
-        self.weight = min(self.weight + 1, _MOST_WEIGHT)
+        self.weight += 1
         self.mean += (value - self.mean) / self.weight
 
 

@@ -123,6 +123,14 @@ def test_what_loses_switches_itself_off(right: bool, cost: StepCost) -> None:
     assert sum(counts) < 60
 
 
+def test_right_tries_are_followed_by_more_until_they_pay() -> None:
+    dear = StepCost(fixed=0.9, token=0.1, guess=0.7)  # pays above a share of about 0.8
+    counts = guesses_of(True, dear, 40)
+    assert counts[0] == 1
+    assert 0 not in counts
+    assert counts[-1] == 8
+
+
 def test_it_comes_back_when_guesses_get_better() -> None:
     acceptance = Acceptance()
     for _ in range(300):

@@ -104,7 +104,7 @@ class Acceptance:
     """How often the guesses for one sequence are right, and so how many are worth their time.
 
     `share` is a moving average over guesses whose predecessors were right. Where not even one pays, one is made to try;
-    if none pays after that there is none for 8 steps, then for twice as many, up to 64.
+    if that is wrong, or right ones would not pay either, there is none for 8 steps, then for twice as many, up to 64.
     """
 
     def __init__(self) -> None:
@@ -112,6 +112,7 @@ class Acceptance:
         self._pause = 0
         self._next_pause = _FIRST_PAUSE
         self._tries = False
+        self._could_pay = False
 
     def num_worthwhile(self, cost: StepCost, most: int) -> int:
         """How many tokens to guess now, at most `most`."""
@@ -120,6 +121,7 @@ class Acceptance:
             return 0
         count = cost.best_count(self.share, most)
         self._tries = count == 0
+        self._could_pay = not self._tries or cost.best_count(1.0, most) > 0
         return min(1, most) if self._tries else count
 
     def note(self, *, num_proposed: int, num_accepted: int) -> None:
@@ -128,7 +130,7 @@ class Acceptance:
             self.share += _SHARE_STEP * (1 - self.share)
         if num_accepted < num_proposed:
             self.share -= _SHARE_STEP * self.share
-        if self._tries:
+        if self._tries and (num_accepted < num_proposed or not self._could_pay):
             self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, _LONGEST_PAUSE)
-        else:
+        elif not self._tries:
             self._next_pause = _FIRST_PAUSE

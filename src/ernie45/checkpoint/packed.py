@@ -98,8 +98,8 @@ class PackedCheckpointSource:
             _check_values(f"{name}.{leaf}", tensor)
         if self._advance is not None:
             self._advance(sum(tensor.nbytes for tensor in tensors.values()))
-        # Other devices have memory of their own, and kernels put codes into an order of theirs. What is used where it is
-        # comes back with its first use.
+        # Other devices have memory of their own, and kernels put codes into an order of theirs. What is used where it
+        # is comes back with its first use.
         self._copied += [self._place(f"{name}.{leaf}") for leaf in tensors]
         return kind(**{leaf: tensor.to(device) for leaf, tensor in tensors.items()})
 

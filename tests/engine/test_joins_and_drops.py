@@ -12,6 +12,7 @@ import torch
 from ernie45 import ErnieModel
 from ernie45.engine.engine import Engine
 from ernie45.kernels.linear import packs
+from ernie45.kernels.native import kernels
 from ernie45.runners.base import Handle, wait_until_ready
 from ernie45.types.requests import Sampling, TokenRequest
 from tests.engine.cache_reading import CacheReadingBackend, events_of
@@ -83,9 +84,13 @@ def test_random_joins_and_drops_on_a_backend_that_reads_everything(
     shared.close()
 
 
-@pytest.mark.skipif(not packs(torch.bfloat16, torch.device("cpu")), reason="this CPU has no bf16 arithmetic in oneDNN")
-def test_random_joins_and_drops_on_a_real_model() -> None:
-    options: dict[str, Any] = {"device": "cpu", "dtype": "bfloat16", "context_tokens": 1200, "progress": False}
+@pytest.mark.parametrize("preset", ["none", "int8", "int4"])
+def test_random_joins_and_drops_on_a_real_model(preset: str) -> None:
+    if kernels() is None and (preset != "none" or not packs(torch.bfloat16, torch.device("cpu"))):
+        pytest.skip("without the native kernels only bf16 in oneDNN promises equal bits")
+    options: dict[str, Any] = {
+        "device": "cpu", "dtype": "bfloat16", "quantization": preset, "context_tokens": 1200, "progress": False
+    }  # fmt: skip
     with ErnieModel.from_pretrained("ernie45/tiny-dense", max_batch=1, prefix_cache=False, **options) as model:
         runner, vocab_size = model._loaded.runner, model.spec.vocab_size
         solo = {prompt: drain(runner.submit(asking(prompt)))[0] for prompt in prompts(vocab_size, 530, 1040)}

@@ -123,7 +123,7 @@ def main() -> int:
     if options.sanitize and options.out is None:
         parser.error("argument --sanitize: needs argument --out, because such a library serves no other program")
     folder: Path = options.out or PACKAGE
-    if is_current(folder / LIBRARY_NAME):
+    if not options.sanitize and is_current(folder / LIBRARY_NAME):
         return 0
     try:
         print(build(folder, sanitize=options.sanitize))

@@ -213,8 +213,8 @@ INLINE void tile_of(const int rows, const TileRows *in, const E45Matrix *m, int6
     else int4_tile(rows, NARROW, in, m, panel, out);
 }
 
-static __attribute__((noinline)) void tile(int64_t rows, const TileRows *in, const E45Matrix *m, int64_t panel, int64_t from, int64_t to,
-                 float out[][E45_PANEL]) {
+static __attribute__((noinline)) void tile(int64_t rows, const TileRows *in, const E45Matrix *m, int64_t panel,
+                                           int64_t from, int64_t to, float out[][E45_PANEL]) {
     switch (rows) {
     case 1: tile_of(1, in, m, panel, from, to, out); break;
     case 2: tile_of(2, in, m, panel, from, to, out); break;

@@ -1,4 +1,3 @@
-#define _GNU_SOURCE /* sched_getaffinity */
 #include "pool.h"
 
 #include <pthread.h>
@@ -15,7 +14,6 @@
 typedef struct {
     PoolTask task;
     void *context;
-    int64_t num_tasks;
 } Work;
 
 static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER;
@@ -34,7 +32,7 @@ static struct {
 static atomic_uint round_number; /* a new one is new work */
 static atomic_int num_inside, num_asleep;
 static atomic_int ending;
-static unsigned round_at_start; /* of the workers */
+static atomic_uint round_at_start; /* of the workers */
 
 static inline void relax(void) {
 #if defined(__x86_64__)
@@ -55,8 +53,8 @@ static void close_ranges(void) {
 }
 
 /* A thread goes through its own range, then helps with the others'. It counts as inside before it takes a number, and a
- * round is over once the ranges are closed and nobody is inside: a thread that comes late, or gets no processor, holds up
- * nobody. `work` and the ends are read with a number of an open round only. */
+ * round is over once the ranges are closed and nobody is inside: a thread that comes late, or gets no processor before
+ * it has a task, holds up nobody. `work` and the ends are read with a number of an open round only. */
 static void take_tasks(int self) {
     atomic_fetch_add(&num_inside, 1);
     for (int i = 0, num_ranges = num_workers + 1; i < num_ranges; i++) {
@@ -122,8 +120,9 @@ static void after_fork(void) {
 static void start_workers(void) {
     if (!has_fork_handler) has_fork_handler = !pthread_atfork(NULL, NULL, after_fork);
     int wanted = pool_threads() - 1;
-    if (!num_workers) round_at_start = atomic_load(&round_number);
     while (num_workers < wanted) {
+        round_at_start = atomic_load(&round_number);
+        atomic_store(&ranges[num_workers + 1].next, CLOSED);
         void *number = (void *)(intptr_t)(num_workers + 1);
         if (pthread_create(&threads[num_workers], NULL, worker, number)) return;
         num_workers++;
@@ -136,8 +135,7 @@ void pool_unlock(void) { pthread_mutex_unlock(&turn); }
 
 int pool_threads(void) {
     if (!wanted_threads) {
-        cpu_set_t cpus;
-        int count = sched_getaffinity(0, sizeof cpus, &cpus) ? 1 : CPU_COUNT(&cpus);
+        int count = (int)sysconf(_SC_NPROCESSORS_ONLN);
         wanted_threads = count < MAX_THREADS ? count : MAX_THREADS;
     }
     return wanted_threads;
@@ -165,7 +163,7 @@ void pool_run(PoolTask task, void *context, int64_t num_tasks) {
         for (int64_t i = 0; i < num_tasks; i++) task(context, i);
         return;
     }
-    work = (Work){task, context, num_tasks};
+    work = (Work){task, context};
     for (int i = 0; i <= num_workers; i++) ranges[i].end = num_tasks * (i + 1) / (num_workers + 1);
     for (int i = 0; i <= num_workers; i++) atomic_store(&ranges[i].next, num_tasks * i / (num_workers + 1));
     new_round();

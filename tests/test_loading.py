@@ -332,7 +332,9 @@ def test_what_does_not_fit_is_refused_before_a_weight_is_read(
 ) -> None:
     monkeypatch.setattr("ernie45.checkpoint.read.TensorReader._read_bytes", None)
     for limits in ({"memory": str(WEIGHT_BYTES)}, {"memory": "20MB", "context_tokens": 256}):
-        with pytest.raises(OutOfMemoryError, match=r"weights 0\.1 MiB, buffers while loading 16\.0 MiB") as caught:
+        # Most is needed by a step on the native kernels, and by loading on torch's.
+        parts = r"\(weights 0\.1 MiB, .*(workspace|buffers while loading) 1[56]\.\d MiB"
+        with pytest.raises(OutOfMemoryError, match=parts) as caught:
             open_model(small_folder_path, quantization="none", **limits)
         assert "GiB of memory on cpu instead of" in caught.value.hint
 

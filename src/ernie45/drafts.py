@@ -65,13 +65,16 @@ def check_draft_model(
     hint = "use a smaller model of the same family, such as ERNIE-4.5-0.3B-PT for ERNIE-4.5-21B-A3B-PT"
     if draft_spec.vision is not None:
         raise InvalidRequestError(f"the draft in {folder} is a vision-language model, and reads text only", hint=hint)
-    if tokenizer is None or draft_tokenizer is None:
-        sizes = spec.vocab_size, draft_spec.vocab_size
-        if sizes[0] != sizes[1]:
-            raise InvalidRequestError(
-                f"the draft in {folder} has a vocabulary of {sizes[1]} ids, the model one of {sizes[0]}", hint=hint
-            )
-        return
+    if tokenizer is not None and draft_tokenizer is not None:
+        _check_tokenizers(tokenizer, draft_tokenizer, folder, hint)
+    sizes = spec.vocab_size, draft_spec.vocab_size
+    if sizes[0] != sizes[1]:
+        raise InvalidRequestError(
+            f"the draft in {folder} has a vocabulary of {sizes[1]} ids, the model one of {sizes[0]}", hint=hint
+        )
+
+
+def _check_tokenizers(tokenizer: Tokenizer, draft_tokenizer: Tokenizer, folder: Path, hint: str) -> None:
     if tokenizer.size != draft_tokenizer.size:
         raise InvalidRequestError(
             f"the draft in {folder} has a tokenizer of {draft_tokenizer.size} tokens, the model one of "

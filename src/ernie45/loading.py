@@ -345,7 +345,15 @@ def _check_draft_model(folder: Path, options: LoadOptions, devices: tuple[Device
     quantization = "int8" if options.quantization == "auto" and devices[0].kind == "cpu" else options.quantization
     if stored_preset(read_config(folder)) is not None:
         quantization = "none"  # as it is stored
-    options = replace(options, draft=None, quantization=quantization, context_tokens=None, max_batch=1)
+    options = replace(
+        options,
+        draft=None,
+        quantization=quantization,
+        context_tokens=None,
+        max_batch=1,
+        max_pixels=None,
+        media_limits=None,
+    )
     return _check(folder, str(folder), options, devices=devices[:1], adapter=None)
 
 

@@ -40,7 +40,7 @@ def _bench(options: argparse.Namespace) -> int:
 
     report = bench(
         options.model,
-        presets=options.quantization.split(","),
+        presets=[name.strip() for name in options.quantization.split(",")],
         prompt_tokens=options.prompt_tokens,
         new_tokens=options.new_tokens,
         batch=options.batch,

@@ -14,8 +14,7 @@ from ernie45.backends.kv_cache import KVCache
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """New tokens of one sequence, at positions `start` … of the KV slot `slot`. `wanted` says after which of them
-    logits
-    are, the first being 0."""
+    logits are, the first being 0."""
 
     slot: int
     start: int

@@ -1,8 +1,9 @@
 """The engine: one thread that steps a backend for many requests at once.
 
 Each turn of its loop is three plain calls: admit waiting requests to free KV slots in the order they came, run at most
-`PREFILL_CHUNK_TOKENS` prompt tokens, draw one token for every running row. Requests join and leave between steps. So
-running rows get a token every turn, and a prompt that is shorter than the others waits for two turns at most.
+`PREFILL_CHUNK_TOKENS` prompt tokens, draw a token for every running row, or several where guesses were right. Requests
+join and leave between steps. So running rows get a token every turn, and a prompt that is shorter than the others waits
+for two turns at most.
 """
 
 from __future__ import annotations
@@ -174,6 +175,8 @@ class Engine:
                 stream.fail(failure)
             self._active.clear()
             self._waiting.clear()
+            if self._speculation is not None:
+                self._speculation.close()
             del self._backend, self._cache, self._slots, self._encoder, self._speculation
             trim()
 
@@ -213,9 +216,9 @@ class Engine:
         except Exception as failure:  # not swallowed: the reader raises it
             submission.stream.fail(failure)
             return
-        self._active.append(sequence)
         with self._guard([sequence]):
             self._slots.lend(sequence)
+            self._active.append(sequence)
 
     def _sequence(self, submission: Submission) -> Sequence:
         request, media = submission.request, None
@@ -370,11 +373,12 @@ class Engine:
                 self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
+        if sequence in self._active:
+            self._active.remove(sequence)
         if sequence.slot is not None:
             if self._speculation is not None:
                 self._speculation.forget(sequence.slot)
             self._slots.give_back(sequence)
-            self._active.remove(sequence)
 
 
 def _closed_error() -> ModelClosedError:

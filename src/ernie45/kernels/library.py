@@ -16,6 +16,9 @@ from ernie45.errors import InvalidRequestError, UnsupportedError
 VERSION: Final = 1
 """Of the C interface: E45_VERSION in csrc/ernie45.h."""
 
+MOST_THREADS: Final = 256
+"""That the kernels' pool takes: MAX_THREADS in csrc/pool.c."""
+
 LIBRARY_FILE: Final = Path(__file__).with_name("libernie45.dylib" if sys.platform == "darwin" else "libernie45.so")
 # Where the build leaves word why there is no library.
 REASON_FILE: Final = Path(__file__).with_name("not-built.txt")
@@ -68,7 +71,9 @@ def set_threads(num_threads: int) -> None:
     """
     library = native_library()
     if library is not None and library.e45_set_threads(num_threads) != 0:
-        raise InvalidRequestError(f"the native kernels do not run on {num_threads} threads", hint="use 1 or more")
+        raise InvalidRequestError(
+            f"the native kernels do not run on {num_threads} threads", hint=f"use 1 to {MOST_THREADS}"
+        )
 
 
 @functools.cache

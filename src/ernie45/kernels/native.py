@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ernie45.errors import OutOfMemoryError
-from ernie45.kernels.library import native_library
+from ernie45.kernels.library import MOST_THREADS, native_library, set_threads
 
 _NUMBER, _ADDRESS, _FLOAT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -209,9 +209,12 @@ class Kernels:
 
 @functools.cache
 def kernels() -> Kernels | None:
-    """The native kernels; None where there is no library (`ernie45.kernels.library.why_not`)."""
+    """The native kernels, on as many threads as torch has; None where there is no library (`library.why_not`)."""
     library = native_library()
-    return None if library is None else Kernels(library)
+    if library is None:
+        return None
+    set_threads(min(torch.get_num_threads(), MOST_THREADS))
+    return Kernels(library)
 
 
 def trim() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
+import sys
 from typing import final
 
 import torch
 from torch import Tensor
 
+from ernie45.errors import OutOfMemoryError
 from ernie45.kernels.linear import bias_bytes
 from ernie45.kernels.native import NATIVE_DTYPES, MatrixStruct, kernels
 from ernie45.presets import INT4_GROUP
@@ -16,6 +19,7 @@ from ernie45.quantization.packed import Packed, PackedInt8
 
 _PANEL = 64
 _COLUMNS = 32  # the kernels want multiples of it
+_MOST_COLUMNS = 1 << 16  # rows lie on the stack
 _INT8_FLIP = 0x80  # codes lie there with 128 added
 _DENSE, _INT8, _INT4 = range(3)
 _PIECE_BYTES = 64 * 2**20
@@ -48,8 +52,16 @@ class PanelMemory:
         return self.take(tuple(x.shape), x.dtype).copy_(x)
 
     def _map(self, num_bytes: int) -> Tensor:
-        piece = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        if sys.platform != "linux":
+            return torch.empty(num_bytes, dtype=torch.uint8)
+        try:
+            piece = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise OutOfMemoryError(
+                f"the system gave no {num_bytes:,} bytes for weights ({error})",
+                hint="close other programs, or load a smaller model or preset; `ernie45 plan` says what fits",
+            ) from None
+        with contextlib.suppress(OSError):  # a kernel without large pages
             piece.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(piece, dtype=torch.uint8)
 
@@ -113,7 +125,8 @@ class PanelEmbedding:
 
 def takes_panels(dtype: torch.dtype, device: torch.device, in_features: int) -> bool:
     """Whether matrices of so many columns go into panels here, where hidden states are of `dtype`."""
-    return device.type == "cpu" and dtype in NATIVE_DTYPES and in_features % _COLUMNS == 0 and kernels() is not None
+    fits = in_features % _COLUMNS == 0 and in_features <= _MOST_COLUMNS
+    return device.type == "cpu" and dtype in NATIVE_DTYPES and fits and kernels() is not None
 
 
 def room_for_panels(memory: PanelMemory, out_features: int, in_features: int) -> Tensor:

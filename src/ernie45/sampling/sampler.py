@@ -50,7 +50,9 @@ class Sampler:
         choose: Choose,
         seen: SeenTokens | None,
         sampling: Sampling,
+        device: torch.device,
     ) -> None:
+        self._device = device
         self._num_token_ids = num_token_ids
         self._adjustments = adjustments
         self._choose = choose
@@ -77,7 +79,7 @@ class Sampler:
 
         Nothing is counted, and the draws to come stay what they were. Of the tokens between, penalties know nothing.
         """
-        return self._choose(self._adjusted(logits), self._numbers.ahead(num_ahead))
+        return self._choose(self._adjusted(logits.to(self._device)), self._numbers.ahead(num_ahead))
 
     def take(self, logits: Tensor, token_id: int) -> Drawn:
         """Take `token_id` for the next token, as if it had been drawn from raw `logits` [V]."""
@@ -129,6 +131,7 @@ def build_sampler(
         choose=_build_choice(sampling),
         seen=seen,
         sampling=sampling,
+        device=device,
     )
 
 

@@ -28,7 +28,7 @@ class Speculation:
     """Guesses with `proposer` for the sequences of an engine. `num_proposed` and `num_accepted` count all tokens."""
 
     def __init__(self, proposer: Proposer) -> None:
-        self._proposer = proposer
+        self._proposer: Proposer | None = proposer
         self._times = StepTimes()
         self._acceptance: dict[int, Acceptance] = {}
         self.wants_hidden = proposer.wants_hidden
@@ -37,6 +37,7 @@ class Speculation:
 
     def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
         """Guesses for each sequence, none where they would not pay; `most` is what the sequence has room for."""
+        assert self._proposer is not None
         started = time.perf_counter()
         cost = self._times.cost(max(1, len(asks)))
         share = min(self._proposer.max_tokens, MAX_STEP_GUESSES // max(1, len(asks)))
@@ -67,9 +68,15 @@ class Speculation:
 
     def observe(self, slot: int, token_ids: Sequence[int], start: int, hidden: Tensor) -> None:
         """See `Proposer.observe`."""
+        assert self._proposer is not None
         self._proposer.observe(slot, token_ids, start, hidden)
 
     def forget(self, slot: int) -> None:
         """The sequence in this slot has ended. Safe to repeat."""
         self._acceptance.pop(slot, None)
-        self._proposer.forget(slot)
+        if self._proposer is not None:
+            self._proposer.forget(slot)
+
+    def close(self) -> None:
+        """Let go of the proposer and its weights; the counts stay."""
+        self._proposer = None

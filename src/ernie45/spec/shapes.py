@@ -105,8 +105,8 @@ class ModelSpec:
     `head_dim` is independent of `hidden_size / num_heads`. `tied` is the config's word on whether the output head is
     the embedding, None if it says nothing; the files decide (a stored `lm_head.weight` is used). `dtype` is the
     checkpoint's, None if the config says nothing. `experts` is None in a dense model, `vision` in a text
-    model. `num_mtp_layers` is how many multi-token-prediction layers the files may carry for speculative decoding; plain
-    decoding does without.
+    model. `num_mtp_layers` is how many multi-token-prediction layers the files may carry for speculative decoding;
+    plain decoding does without.
     """
 
     model_type: str

@@ -14,7 +14,7 @@
 
 #include <stdatomic.h>
 
-#define KEY_SPAN 1024                       /* keys that one thread takes where tokens are few */
+#define KEY_SPAN 1024 /* keys that one thread takes where tokens are few */
 
 typedef struct {
     const E45Attention *attention;

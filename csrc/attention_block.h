@@ -3,9 +3,9 @@
 #include "ernie45.h"
 #include "simd.h"
 
-#define KEY_BLOCK 256                       /* keys whose scores are held at once */
-#define QUERY_TILE 16                         /* tokens that share a block's panels */
-#define KV_PANEL (2 * VW)                  /* dwords side by side */
+#define KEY_BLOCK 256 /* keys whose scores are held at once */
+#define QUERY_TILE 16 /* tokens that share a block's panels */
+#define KV_PANEL (2 * VW) /* dwords side by side */
 #define PRODUCT_ROWS (VW == 16 ? 8 : 4) /* rows that share a loaded dword; all sums stay in registers */
 
 static int64_t element_bytes(int64_t kind) { return kind == E45_F32 ? 4 : kind == E45_BF16 ? 2 : 1; }

@@ -74,7 +74,7 @@ INLINE float round_group(const float *x, int64_t n, int8_t *codes, int32_t *sum)
         most = vf_max(most, vf_abs(value));
         odd = vf_fma(value, vf_set1(0), odd); /* 0, or NaN where a value is not finite */
     }
-    float scale = vf_highest(most) / 127, nothing = vf_sum(odd);
+    float scale = vf_top(most) / 127, nothing = vf_sum(odd);
     if (scale < 1e-30f) scale = 1e-30f;
     vf inverse = vf_set1(1 / scale);
     vi total = vi_set1(0);

@@ -126,7 +126,7 @@ static void take_rows(Mlps *mlps, Room *room, Inputs forms[3]) {
     }
 }
 
-static int run_mlps(const E45Norm *norm, Mlps *mlps, Inputs forms[3]) {
+static void run_mlps(const E45Norm *norm, Mlps *mlps, Inputs forms[3]) {
     Preparing preparing = {.norm = norm, .x = mlps->x, .dtype = mlps->dtype, .width = mlps->width};
     for (int kind = E45_DENSE, n = 0; kind <= E45_INT4; kind++)
         if (forms[kind].kind >= 0) preparing.in[n++] = &forms[kind];
@@ -141,7 +141,6 @@ static int run_mlps(const E45Norm *norm, Mlps *mlps, Inputs forms[3]) {
     pool_run(prepare_wide, mlps, mlps->num_rows);
     int64_t blocks = (mlps->num_tokens + ROW_BLOCK - 1) / ROW_BLOCK;
     pool_run(down_panel, mlps, (mlps->width + E45_PANEL - 1) / E45_PANEL * blocks);
-    return 0;
 }
 
 static int experts(const E45Norm *norm, const E45Mlp *const *table, int64_t num_experts, const E45Mlp *shared,
@@ -168,7 +167,8 @@ static int experts(const E45Norm *norm, const E45Mlp *const *table, int64_t num_
     room = (Room){pool_workspace(room.used), 0};
     if (room.base) {
         take_rows(&mlps, &room, forms);
-        failed = run_mlps(norm, &mlps, forms);
+        run_mlps(norm, &mlps, forms);
+        failed = 0;
     }
     free(lists);
     return failed;

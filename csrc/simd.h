@@ -255,14 +255,6 @@ INLINE float vf_sum(vf x) {
     return lanes[0];
 }
 
-INLINE float vf_highest(vf x) {
-    float lanes[VW];
-    vf_store(lanes, x);
-    float most = lanes[0];
-    for (int i = 1; i < VW; i++) most = lanes[i] > most ? lanes[i] : most;
-    return most;
-}
-
 /* For attention. vf_first: lanes 0 … n - 1 of x, the others of `rest`. vf_top: the highest lane, none of them NaN.
  * vi_pair: of each lane the upper halves of `low` and `high`, as 2 bfloat16. vi_zip: 2 · VW dwords, each of a word of
  * `low` and one of `high`. vi_transpose: of a square of dwords. */

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from ernie45.commands.bench_plot import draw_bars, number_in_words
+from ernie45.commands.text_table import text_table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,8 +70,8 @@ class BenchReport:
             [
                 f"{self.model}: prompts of {self.prompt_tokens:,} random tokens, {self.new_tokens:,} new; "
                 f"medians of {num_repetitions} (lowest to highest)",
-                _table([["", *(row.preset for row in self.rows)], *self._speed_lines()]),
-                _table([["", *(row.preset for row in self.rows)], *self._memory_lines()]),
+                text_table([["", *(row.preset for row in self.rows)], *self._speed_lines()]),
+                text_table([["", *(row.preset for row in self.rows)], *self._memory_lines()]),
                 self.machine,
             ]
         )
@@ -105,14 +106,3 @@ def _spread(values: Sequence[float]) -> str:
 
 def _megabytes(num_bytes: int | None) -> str:
     return "-" if num_bytes is None else f"{num_bytes / 1e6:,.1f}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns two spaces apart, the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+
+from ernie45.commands.text_table import text_table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,9 +64,9 @@ class QualityReport:
         return json.dumps(asdict(self), ensure_ascii=False, indent=2)
 
     def __str__(self) -> str:
-        tables = [_table([_HEADER, *map(_row, self.rows)])]
+        tables = [text_table([_HEADER, *map(_row, self.rows)])]
         if self.num_items:
-            tables.append(self._task_table())
+            tables.append(self._tasktext_table())
         lines = [
             f"{self.model}, compared with {self.reference.preset!r} "
             f"(keys and values: {self.reference.kv_dtype}); scored: {self.texts}, {self.num_tokens:,} tokens",
@@ -74,14 +76,14 @@ class QualityReport:
             lines.append(f"note: LOGITS ERROR is of the first {self.num_compared:,} tokens")
         return "\n\n".join(["\n".join(lines), *tables])
 
-    def _task_table(self) -> str:
+    def _tasktext_table(self) -> str:
         names = [f"{row.preset}, kv {row.kv_dtype}" if row.kv_dtype != "auto" else row.preset for row in self.rows]
         lines = [
             [task, *(f"{100 * row.num_right[task] / self.num_items:.1f}" for row in self.rows)]
             for task in self.reference.num_right
         ]
         overall = [f"{100 * self.accuracy(row):.2f}" for row in self.rows]
-        return _table([["RIGHT REPLIES, %", *names], *lines, ["all", *overall]])
+        return text_table([["RIGHT REPLIES, %", *names], *lines, ["all", *overall]])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +125,7 @@ class LayersReport:
                 ]
                 for kind, count in kinds.items()
             ]
-            return _table([[title, "MATRICES", *schemes], *lines])
+            return text_table([[title, "MATRICES", *schemes], *lines])
 
         head = [f"{self.folder}, layers {', '.join(map(str, self.layers))}", *(f"note: {note}" for note in self.notes)]
         return "\n\n".join(
@@ -149,14 +151,3 @@ def _row(row: PresetQuality) -> list[str]:
         f"{row.agreement:.2%}",
         f"{row.logits_error:.2%}",
     ]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns two spaces apart, the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    )

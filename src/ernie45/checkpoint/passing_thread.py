@@ -35,10 +35,10 @@ def on_passing_thread(work: Callable[[Advance], T], advance: Advance) -> T:
             raise
         finally:
             pool.shutdown()
-            _return_freed_memory()
+            return_freed_memory()
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """glibc keeps what was freed between the weights, and gives it to no other thread: up to a tenth of the model."""
     if sys.platform == "linux":
         malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none

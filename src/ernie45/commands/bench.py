@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from ernie45.checkpoint.passing_thread import return_freed_memory
 from ernie45.commands.bench_report import BenchReport, PresetSpeed
 from ernie45.commands.doctor import diagnose
 from ernie45.errors import InvalidRequestError
@@ -46,6 +47,7 @@ def bench(
     _check_at_least(2, new_tokens=new_tokens)
     for preset in presets:
         find_preset(preset)
+    return_freed_memory()  # else models would fill what was freed before, and their peaks would not show it
     before_bytes = psutil.Process().memory_info().rss
     rows = []
     for preset in dict.fromkeys(presets):

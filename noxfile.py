@@ -72,9 +72,9 @@ def minimums(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def bench(session: nox.Session) -> None:
-    """Compare speed with transformers; what follows `--` goes to benchmarks.compare."""
+    """Compare speed with other engines; what follows `--` goes to benchmarks.peers."""
     python = prepare_torch_venv(session)
-    session.run(python, "-m", "benchmarks.compare", *session.posargs)
+    session.run(python, "-m", "benchmarks.peers", *session.posargs)
 
 
 def group(name: str) -> tuple[str, ...]:

@@ -1,4 +1,6 @@
-"""transformers as a side of `benchmarks.peers`: PYTHON -m benchmarks.peer_transformers FOLDER --cache growing|static
+"""transformers as a side of `benchmarks.peers`:
+
+python -m benchmarks.peer_transformers FOLDER --cache growing|static [--compile]
 
 In bf16. Many requests run in groups of four, padded on the left.
 """
@@ -21,8 +23,8 @@ from benchmarks.workloads import Request
 
 @final
 class TimedTransformersSide:
-    def __init__(self, folder: Path, *, static_cache: bool) -> None:
-        self._side = TransformersSide(folder, static_cache=static_cache, compiled=False)
+    def __init__(self, folder: Path, *, static_cache: bool, compiled: bool) -> None:
+        self._side = TransformersSide(folder, static_cache=static_cache, compiled=compiled)
 
     def describe(self) -> dict[str, object]:
         return {"version": transformers.__version__}
@@ -47,8 +49,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="a checkpoint in the -PT layout")
     parser.add_argument("--cache", choices=["growing", "static"], default="growing")
+    parser.add_argument("--compile", action="store_true", help="compile the forward; takes a static cache")
     options = parser.parse_args()
-    serve(lambda: TimedTransformersSide(options.folder, static_cache=options.cache == "static"))
+    static_cache = options.cache == "static"
+    serve(lambda: TimedTransformersSide(options.folder, static_cache=static_cache, compiled=options.compile))
 
 
 if __name__ == "__main__":

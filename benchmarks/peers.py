@@ -40,6 +40,7 @@ PEERS: Mapping[str, tuple[str, ...]] = {
     "openvino": ("benchmarks.peer_openvino",),
     "transformers": ("benchmarks.peer_transformers",),
     "transformers-static": ("benchmarks.peer_transformers", "--cache", "static"),
+    "transformers-compiled": ("benchmarks.peer_transformers", "--cache", "static", "--compile"),
 }
 KINDS = ("prefill", "decode", "batch")
 # The first calls compile, pack and allocate; a second shows what the first compiled for its lengths alone.

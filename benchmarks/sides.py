@@ -1,61 +1,18 @@
-"""The sides that are compared: each loads a checkpoint and runs requests greedily, without stopping early."""
+"""What two sides are called in reports, and transformers as one of them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from benchmarks.workloads import CONTEXT_TOKENS, GROUP_SIZE, NUM_REQUESTS, Request
+from benchmarks.workloads import GROUP_SIZE, Request
 
 OURS = "ernie45"
 EAGER = "transformers"
-STATIC = "transformers, static cache"
-COMPILED = "transformers, static cache, compiled"
-
-
-class Side(Protocol):
-    """One contender, loaded in bf16 on the CPU with a thread for each core."""
-
-    def generate(self, request: Request) -> None:
-        """Run one request alone."""
-        ...
-
-    def generate_many(self, requests: Sequence[Request]) -> None:
-        """Run requests in the way that suits this side best."""
-        ...
-
-
-class ErnieSide:
-    """ernie45 by its public calls."""
-
-    def __init__(self, folder: Path) -> None:
-        from ernie45 import ErnieModel
-
-        torch.set_num_threads(os.cpu_count() or 1)
-        self._model = ErnieModel.from_pretrained(
-            folder,
-            device="cpu",
-            dtype="bfloat16",
-            context_tokens=CONTEXT_TOKENS,
-            max_batch=NUM_REQUESTS,
-            progress=False,
-        )
-
-    def generate(self, request: Request) -> None:
-        completion = self._model.generate(
-            request.token_ids, max_new_tokens=request.num_new_tokens, temperature=0, ignore_eos=True
-        )
-        assert len(completion.token_ids) == request.num_new_tokens
-
-    def generate_many(self, requests: Sequence[Request]) -> None:
-        items = [{"prompt": each.token_ids, "max_new_tokens": each.num_new_tokens} for each in requests]
-        completions = self._model.batch_generate(items, temperature=0, ignore_eos=True)
-        for request, completion in zip(requests, completions, strict=True):
-            assert len(completion.token_ids) == request.num_new_tokens
 
 
 class TransformersSide:
@@ -74,9 +31,6 @@ class TransformersSide:
             # Without it, generate() compiles on accelerators only, and there is no public way to ask for more.
             compile_config._compile_all_devices = True
             self._options["compile_config"] = compile_config
-
-    def generate(self, request: Request) -> None:
-        self._generate([request.token_ids], request.num_new_tokens)
 
     def generate_many(self, requests: Sequence[Request]) -> None:
         """Groups of four in order, padded on the left; a group runs until its longest reply is done."""
@@ -98,10 +52,3 @@ class TransformersSide:
                 **self._options,
             )
         assert result.shape == (len(prompts), width + num_new_tokens)
-
-
-def load_side(name: str, folder: Path) -> Side:
-    """Load a side by its name in the report."""
-    if name == OURS:
-        return ErnieSide(folder)
-    return TransformersSide(folder, static_cache=name in (STATIC, COMPILED), compiled=name == COMPILED)

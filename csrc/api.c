@@ -116,6 +116,41 @@ int e45_make_panels(void *rows, int64_t num_panels, int64_t num_dwords, int64_t 
     return panels.failed;
 }
 
+typedef struct {
+    const uint8_t *codes;
+    const int8_t *scales;
+    int64_t num_rows, in_features;
+    uint32_t *panels;
+} Int4Panels;
+
+static void make_int4_panel(void *context, int64_t panel) {
+    const Int4Panels *all = context;
+    const int64_t num_groups = all->in_features / E45_GROUP;
+    uint32_t *place = all->panels + panel * e45_int4_dwords(all->in_features) * E45_PANEL;
+    for (int64_t g = 0; g < num_groups; g += E45_RUN) {
+        const int64_t count = num_groups - g < E45_RUN ? num_groups - g : E45_RUN;
+        for (int64_t lane = 0; lane < E45_PANEL; lane++) {
+            const int64_t row = panel * E45_PANEL + lane;
+            uint32_t dwords[1 + 4 * E45_RUN] = {0};
+            if (row < all->num_rows) {
+                memcpy(dwords, all->scales + row * num_groups + g, (size_t)count);
+                memcpy(dwords + 1, all->codes + (row * num_groups + g) * E45_GROUP / 2, (size_t)count * E45_GROUP / 2);
+            }
+            for (int64_t dword = 0; dword < 1 + 4 * count; dword++) place[dword * E45_PANEL + lane] = dwords[dword];
+        }
+        place += (1 + 4 * count) * E45_PANEL;
+    }
+}
+
+int e45_make_int4_panels(const uint8_t *codes, const int8_t *scales, int64_t num_rows, int64_t in_features,
+                         void *panels) {
+    Int4Panels all = {codes, scales, num_rows, in_features, panels};
+    pool_lock();
+    pool_run(make_int4_panel, &all, (num_rows + E45_PANEL - 1) / E45_PANEL);
+    pool_unlock();
+    return 0;
+}
+
 #define LOCKED(call)                    \
     do {                                \
         pool_lock();                    \
@@ -148,6 +183,10 @@ int e45_route(const E45Norm *norm, const E45Router *router, const void *x, int64
 int e45_experts(const E45Norm *norm, const E45Mlp *const *experts, int64_t num_experts, const E45Mlp *shared,
                 const int64_t *chosen, const float *shares, int64_t num_chosen, void *x, int64_t n, int64_t dtype) {
     LOCKED(experts(norm, experts, num_experts, shared, chosen, shares, num_chosen, x, n, dtype));
+}
+
+int e45_layers(const E45Layer *list, const E45KV *kv, int64_t n, const E45Batch *batch, void *x, int64_t dtype) {
+    LOCKED(layers(list, kv, n, batch, x, dtype));
 }
 
 int e45_head(const E45Norm *norm, const E45Matrix *m, const void *x, int64_t n, int64_t dtype, float *logits) {

@@ -2,9 +2,10 @@
  *
  * The keys of a sequence are worked on in blocks and spans that begin at fixed positions, and a token's query heads
  * see just the keys up to its own position, always by the same operations: how tokens are grouped in calls, and which
- * thread takes which span, does not show in the bits. A block of keys is laid in panels in which 2 · VW keys stand side
- * by side, its values in panels of 2 · VW columns, so that both products are one: rows of dwords times a panel. A dword
- * is a float where the cache is F32, else 2 bfloat16: neighbours of a key, or a column's values of two keys.
+ * thread takes which span, does not show in the bits. The cache (E45KV) has dwords of 32 keys side by side, and of
+ * values those of all columns, so that both products are one: rows of dwords times a panel as it lies there. A dword
+ * is a float where the cache is F32, else 2 bfloat16: neighbours of a key, or a column's values of two tokens. In I8
+ * it is a word, of which dwords are made block by block.
  *
  * Softmax is in powers of two, o and l being sums over keys of 2^(x - m) · value and of 2^(x - m), where m is the
  * highest x so far. D is a multiple of 32, G = H / Hkv. */
@@ -40,7 +41,10 @@ static int64_t cache_row(const Attend *a, int64_t slot, int64_t kv_head) {
     return (slot * a->attention->num_kv_heads + kv_head) * a->kv->context_tokens;
 }
 
-static void rotate(float *x, const float *cos, const float *sin, int64_t head_dim) {
+/* Numbers of a key, or tokens of a column of values, in a dword or word. */
+static int64_t num_paired(int64_t kind) { return kind == E45_F32 ? 1 : 2; }
+
+static void rotate(float *restrict x, const float *restrict cos, const float *restrict sin, int64_t head_dim) {
     for (int64_t i = 0; i < head_dim / 2; i++) {
         float even = x[2 * i], odd = x[2 * i + 1];
         x[2 * i] = even * cos[i] - odd * sin[i];
@@ -48,17 +52,12 @@ static void rotate(float *x, const float *cos, const float *sin, int64_t head_di
     }
 }
 
-static void narrow(uint16_t *y, const float *x, int64_t count) { /* y may be where x is */
-    for (int64_t i = 0; i < count; i++) {
-        float value;
-        memcpy(&value, x + i, 4);
-        uint16_t narrowed = to_bf16(value);
-        memcpy(y + i, &narrowed, 2);
-    }
+static void narrow(float *x, int64_t count) { /* to bfloat16, in place */
+    for (int64_t i = 0; i < count; i += VW) vf_write_bf16((uint16_t *)x + i, vf_load(x + i));
 }
 
-/* Codes of x over its highest / 127, that being rounded to bfloat16 first. */
-static void write_int8(int8_t *codes, uint16_t *scale, const float *x, int64_t count) {
+/* x becomes codes of x over its highest / 127, that being rounded to bfloat16 first, in place. */
+static void round_int8(float *x, uint16_t *scale, int64_t count) {
     uint32_t most = 0; /* as bits, of which those of NaN are highest */
     for (int64_t i = 0; i < count; i++) {
         uint32_t bits;
@@ -71,46 +70,61 @@ static void write_int8(int8_t *codes, uint16_t *scale, const float *x, int64_t c
     highest /= 127.0f;
     *scale = to_bf16(highest < 0x1p-126f ? 0x1p-126f : highest);
     vf divisor = vf_set1(from_bf16(*scale));
-    for (int64_t i = 0; i < count; i += VW) {
-        int32_t rounded[VW];
-        vi_store(rounded, vi_of_float(vf_div(vf_load(x + i), divisor)));
-        for (int j = 0; j < VW; j++) codes[i + j] = (int8_t)rounded[j];
+    for (int64_t i = 0; i < count; i += VW) vi_write_i8((int8_t *)x + i, vi_of_float(vf_div(vf_load(x + i), divisor)));
+}
+
+/* Pieces of x, `stride` bytes apart at `to`. */
+static void scatter(uint8_t *to, int64_t stride, const void *x, int64_t piece_bytes, int64_t count) {
+    const uint8_t *from = x;
+    if (piece_bytes == 4)
+        for (int64_t i = 0; i < count; i++) memcpy(to + i * stride, from + i * 4, 4);
+    else if (piece_bytes == 2)
+        for (int64_t i = 0; i < count; i++) memcpy(to + i * stride, from + i * 2, 2);
+    else
+        for (int64_t i = 0; i < count; i++) to[i * stride] = from[i];
+}
+
+/* Put a token's key and value into the cache; both are lost. */
+static void write_row(const E45KV *kv, int64_t row, float *key, float *value, int64_t head_dim) {
+    const int64_t bytes = element_bytes(kv->kind), paired = num_paired(kv->kind);
+    const int64_t key_place = row / E45_KV_BLOCK * E45_KV_BLOCK * head_dim + row % E45_KV_BLOCK * paired;
+    const int64_t value_place = row / paired * paired * head_dim + row % paired;
+    if (kv->kind == E45_BF16) narrow(key, head_dim), narrow(value, head_dim);
+    if (kv->kind == E45_I8) {
+        round_int8(key, kv->key_scales + row, head_dim);
+        round_int8(value, kv->value_scales + row, head_dim);
     }
+    scatter((uint8_t *)kv->keys + key_place * bytes, E45_KV_BLOCK * paired * bytes, key, paired * bytes,
+            head_dim / paired);
+    scatter((uint8_t *)kv->values + value_place * bytes, paired * bytes, value, bytes, head_dim);
 }
 
-static void write_row(const E45KV *kv, void *store, uint16_t *scales, int64_t row, const float *x, int64_t head_dim) {
-    if (kv->kind == E45_F32) memcpy((float *)store + row * head_dim, x, (size_t)head_dim * 4);
-    else if (kv->kind == E45_BF16) narrow((uint16_t *)store + row * head_dim, x, head_dim);
-    else write_int8((int8_t *)store + row * head_dim, scales + row, x, head_dim);
-}
-
-/* Rotate a token's queries and keys, and put its keys and values into the cache. Queries stay where they are, as
- * bfloat16 unless the cache is F32. */
-static void write_token(const Attend *a, int64_t token, int64_t slot, int64_t position) {
-    const E45Attention *attention = a->attention;
-    const int64_t num_heads = attention->num_heads, num_kv_heads = attention->num_kv_heads;
-    const int64_t head_dim = attention->head_dim;
-    float *x = a->qkv + token * (num_heads + 2 * num_kv_heads) * head_dim;
+/* Rotate a token's key and the queries that see it, and put its key and value into the cache. Queries stay where they
+ * are, as bfloat16 unless the cache is F32. */
+static void write_token(const Attend *a, int64_t kv_head, int64_t token, int64_t slot, int64_t position) {
+    const int64_t num_heads = a->attention->num_heads, num_kv_heads = a->attention->num_kv_heads;
+    const int64_t head_dim = a->attention->head_dim, group = num_heads / num_kv_heads;
     const float *cos = a->batch->cos + token * head_dim / 2, *sin = a->batch->sin + token * head_dim / 2;
-    for (int64_t head = 0; head < num_heads; head++, x += head_dim) {
-        rotate(x, cos, sin, head_dim);
-        if (a->kv->kind != E45_F32) narrow((uint16_t *)x, x, head_dim);
-    }
-    for (int64_t head = 0; head < num_kv_heads; head++, x += head_dim) {
-        int64_t row = cache_row(a, slot, head) + position;
-        rotate(x, cos, sin, head_dim);
-        write_row(a->kv, a->kv->keys, a->kv->key_scales, row, x, head_dim);
-        write_row(a->kv, a->kv->values, a->kv->value_scales, row, x + num_kv_heads * head_dim, head_dim);
+    float *queries = a->qkv + token * (num_heads + 2 * num_kv_heads) * head_dim;
+    float *key = queries + (num_heads + kv_head) * head_dim;
+    rotate(key, cos, sin, head_dim);
+    write_row(a->kv, cache_row(a, slot, kv_head) + position, key, key + num_kv_heads * head_dim, head_dim);
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
+        rotate(queries + head * head_dim, cos, sin, head_dim);
+        if (a->kv->kind != E45_F32) narrow(queries + head * head_dim, head_dim);
     }
 }
 
+/* Of QUERY_TILE tokens, for one key/value head. */
 static void write_tokens(void *context, int64_t index) {
     const Attend *a = context;
     const E45Batch *batch = a->batch;
-    int64_t first = index * QUERY_TILE, end = first + QUERY_TILE, token = 0;
+    const int64_t num_kv_heads = a->attention->num_kv_heads;
+    int64_t first = index / num_kv_heads * QUERY_TILE, end = first + QUERY_TILE, token = 0;
     for (int64_t run = 0; run < batch->num_rows; run++)
         for (int64_t i = 0; i < batch->counts[run]; i++, token++)
-            if (token >= first && token < end) write_token(a, token, batch->slots[run], batch->starts[run] + i);
+            if (token >= first && token < end)
+                write_token(a, index % num_kv_heads, token, batch->slots[run], batch->starts[run] + i);
 }
 
 /* ---- blocks and spans ---- */
@@ -130,27 +144,29 @@ static int64_t seen_keys(int64_t position, int64_t first) {
     return seen < 0 ? 0 : seen < KEY_BLOCK ? seen : KEY_BLOCK;
 }
 
-/* What a product of `num_steps` is to bring nearer at `offset` of the next block: each part of the block once. */
-static const uint8_t *part_ahead(const uint8_t *next_block, int64_t offset, int64_t num_steps) {
-    return next_block && offset % (num_steps * 128) == 0 ? next_block + offset : NULL;
+/* What a product of `num_steps` is to bring nearer at `offset` of the bytes worked on next: each part of them once. */
+static const uint8_t *part_ahead(const uint8_t *next, int64_t offset, int64_t num_steps) {
+    return next && offset % (num_steps * 128) == 0 ? next + offset : NULL;
 }
 
 /* Scores of a block's keys; the softmax so far. */
-static void score_block(const Attend *a, const Item *item, int64_t first, int64_t num_keys, const uint8_t *next_keys,
-                        const Scratch *s) {
+static void score_block(const Attend *a, const Item *item, int64_t first, int64_t num_keys, const uint8_t *keys,
+                        const uint8_t *next, const Scratch *s) {
     const E45Attention *attention = a->attention;
     const int64_t head_dim = attention->head_dim, group = attention->num_heads / attention->num_kv_heads;
     const int64_t qkv_bytes = (attention->num_heads + 2 * attention->num_kv_heads) * head_dim * 4;
     const int wide = a->kv->kind == E45_F32;
-    const int64_t num_dwords = wide ? head_dim : head_dim / 2, key_bytes = head_dim * element_bytes(a->kv->kind);
+    const int64_t num_dwords = head_dim / num_paired(a->kv->kind), key_bytes = head_dim * element_bytes(a->kv->kind);
     const uint8_t *queries = (const uint8_t *)a->qkv + item->first_row * qkv_bytes;
     queries += item->kv_head * group * head_dim * 4;
-    for (int64_t key = 0; key < num_keys; key += KV_PANEL)
+    for (int64_t key = 0; key < num_keys; key += PRODUCT_WIDTH) {
+        const uint8_t *panel = keys + (key / E45_KV_BLOCK * E45_KV_BLOCK * num_dwords + key % E45_KV_BLOCK) * 4;
         for (int64_t t = 0; t < item->num_tokens; t++)
             if (seen_keys(item->first_position + t, first) > key)
-                product_rows(group, wide, s->keys + key * num_dwords * 4, KV_PANEL * 4, num_dwords, 0,
-                             queries + t * qkv_bytes, head_dim * 4, s->scores + t * group * KEY_BLOCK + key, KEY_BLOCK,
-                             NULL, t ? NULL : part_ahead(next_keys, key * key_bytes, num_dwords));
+                product_rows(group, wide, panel, E45_KV_BLOCK * 4, num_dwords, 0, queries + t * qkv_bytes, head_dim * 4,
+                             s->scores + t * group * KEY_BLOCK + key, KEY_BLOCK, NULL,
+                             t ? NULL : part_ahead(next, key * key_bytes, num_dwords));
+    }
     for (int64_t t = 0; t < item->num_tokens; t++) {
         int64_t seen = seen_keys(item->first_position + t, first);
         for (int64_t r = t * group; seen && r < (t + 1) * group; r++)
@@ -158,41 +174,44 @@ static void score_block(const Attend *a, const Item *item, int64_t first, int64_
     }
 }
 
-/* `values` are a panel for each KV_PANEL columns, `panel_bytes` apart, with `stride` bytes from step to step. */
-static void weigh_block(const Attend *a, const Item *item, int64_t first, const uint8_t *values, int64_t panel_bytes,
-                        int64_t stride, const uint8_t *next_values, const Scratch *s) {
+/* Sums of a block's values by these scores. */
+static void weigh_block(const Attend *a, const Item *item, int64_t first, const uint8_t *values, const uint8_t *next,
+                        const Scratch *s) {
     const int64_t head_dim = a->attention->head_dim, group = a->attention->num_heads / a->attention->num_kv_heads;
     const int wide = a->kv->kind == E45_F32;
-    const int64_t num_steps = wide ? KEY_BLOCK : KEY_BLOCK / 2;
-    for (int64_t i = 0; i < head_dim; i += KV_PANEL, values += panel_bytes)
+    const int64_t paired = num_paired(a->kv->kind), bytes = element_bytes(a->kv->kind);
+    for (int64_t i = 0; i < head_dim; i += PRODUCT_WIDTH)
         for (int64_t t = 0; t < item->num_tokens; t++) {
             int64_t seen = seen_keys(item->first_position + t, first), row = t * group;
-            const uint8_t *p = (const uint8_t *)(s->scores + row * KEY_BLOCK), *ahead = NULL;
-            if (!t) ahead = part_ahead(next_values, i * KEY_BLOCK * element_bytes(a->kv->kind), num_steps);
+            const uint8_t *p = (const uint8_t *)(s->scores + row * KEY_BLOCK);
+            const uint8_t *ahead = t ? NULL : part_ahead(next, i * KEY_BLOCK * bytes, KEY_BLOCK / paired);
             if (seen)
-                product_rows(group, wide, values, stride, wide ? seen : seen / 2, seen % 2, p, KEY_BLOCK * 4,
+                product_rows(group, wide, values + i * 4, head_dim * 4, seen / paired, seen % paired, p, KEY_BLOCK * 4,
                              s->o + row * head_dim + i, head_dim, s->factors + row, ahead);
         }
 }
 
+/* A block's keys or values as the products take them. */
+static const uint8_t *panels_of(const Attend *a, const uint8_t *stored, int64_t num_keys, const Scratch *s) {
+    if (a->kv->kind != E45_I8) return stored;
+    int64_t num_laid = (num_keys + E45_KV_BLOCK - 1) / E45_KV_BLOCK * E45_KV_BLOCK;
+    widen((const int8_t *)stored, num_laid * a->attention->head_dim, s->widened);
+    return (const uint8_t *)s->widened;
+}
+
+/* A block's values are brought nearer while its keys are worked on, and the keys of the next with its values. */
 static void attend_block(const Attend *a, const Item *item, int64_t first, const Scratch *s) {
     const int64_t head_dim = a->attention->head_dim, row_bytes = head_dim * element_bytes(a->kv->kind);
     const int64_t row = cache_row(a, a->batch->slots[item->run], item->kv_head) + first;
     const int64_t last = item->first_position + item->num_tokens - 1, num_keys = seen_keys(last, first);
     const uint8_t *keys = (const uint8_t *)a->kv->keys + row * row_bytes;
     const uint8_t *values = (const uint8_t *)a->kv->values + row * row_bytes;
-    const int64_t next = last - first >= KEY_BLOCK ? KEY_BLOCK * row_bytes : 0; /* bytes to the next block, if any */
+    const int64_t next = first + KEY_BLOCK;
+    const int goes_on = next <= last && next < item->end_span * KEY_SPAN;
 
     load_scales(a, row, num_keys, s);
-    pack_keys(a->kv->kind, keys, head_dim, num_keys, s->keys);
-    score_block(a, item, first, num_keys, next ? keys + next : NULL, s);
-    if (a->kv->kind == E45_F32) {
-        weigh_block(a, item, first, values, KV_PANEL * 4, head_dim * 4, next ? values + next : NULL, s);
-    } else {
-        pack_values(a->kv->kind, values, head_dim, num_keys, s->values);
-        weigh_block(a, item, first, s->values, KEY_BLOCK / 2 * KV_PANEL * 4, KV_PANEL * 4,
-                    next ? values + next : NULL, s);
-    }
+    score_block(a, item, first, num_keys, panels_of(a, keys, num_keys, s), values, s);
+    weigh_block(a, item, first, panels_of(a, values, num_keys, s), goes_on ? keys + KEY_BLOCK * row_bytes : NULL, s);
 }
 
 static void attend_span(const Attend *a, const Item *item, int64_t span, const Scratch *s) {
@@ -273,9 +292,7 @@ static Item find_item(const Attend *a, int64_t index) {
 /* A thread's part of the workspace, or how many bytes that is where there is none yet. */
 static int64_t lay_scratch(const E45Attention *attention, const E45KV *kv, uint8_t *at, Scratch *s) {
     const int64_t rows = QUERY_TILE * attention->num_heads / attention->num_kv_heads, head_dim = attention->head_dim;
-    const int wide = kv->kind == E45_F32;
-    const int64_t sizes[] = {KEY_BLOCK * head_dim * (wide ? 4 : 2),
-                             wide ? 0 : KEY_BLOCK * head_dim * 2,
+    const int64_t sizes[] = {kv->kind == E45_I8 ? KEY_BLOCK * head_dim * 2 : 0,
                              KEY_BLOCK * 4,
                              KEY_BLOCK * 4,
                              rows * KEY_BLOCK * 4,
@@ -288,8 +305,9 @@ static int64_t lay_scratch(const E45Attention *attention, const E45KV *kv, uint8
     uint8_t *places[sizeof sizes / sizeof *sizes];
     uint8_t *first = at;
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) places[i] = at, at += (sizes[i] + 63) / 64 * 64;
-    *s = (Scratch){places[0], places[1], (float *)places[2], (float *)places[3], (float *)places[4], (float *)places[5],
-                   (float *)places[6], (float *)places[7], (float *)places[8], (float *)places[9], (float *)places[10]};
+    *s = (Scratch){(uint16_t *)places[0], (float *)places[1], (float *)places[2], (float *)places[3],
+                   (float *)places[4],    (float *)places[5], (float *)places[6], (float *)places[7],
+                   (float *)places[8],    (float *)places[9]};
     return at - first;
 }
 
@@ -362,7 +380,7 @@ static void attend(const E45Attention *attention, const E45Batch *batch, const E
     int64_t num_workers, partial_bytes;
     plan_attend(&a, &num_workers, &partial_bytes);
     a.scratch = (uint8_t *)workspace + partial_bytes;
-    pool_run(write_tokens, &a, (batch->num_tokens + QUERY_TILE - 1) / QUERY_TILE);
+    pool_run(write_tokens, &a, (batch->num_tokens + QUERY_TILE - 1) / QUERY_TILE * attention->num_kv_heads);
     pool_run(take_items, &a, num_workers);
     pool_run(add_partials, &a, batch->num_rows);
 }

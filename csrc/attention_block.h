@@ -1,17 +1,17 @@
-/* What attention does with a block of keys: panels of keys and values, their products with rows, softmax. */
+/* What attention does with a block of keys: products of its panels with rows, softmax. */
 #pragma once
 #include "ernie45.h"
 #include "simd.h"
 
 #define KEY_BLOCK 256 /* keys whose scores are held at once */
-#define QUERY_TILE 16 /* tokens that share a block's panels */
-#define KV_PANEL (2 * VW) /* dwords side by side */
+#define QUERY_TILE 16 /* tokens that go through a block together */
+#define PRODUCT_WIDTH (2 * VW) /* dwords side by side in a product's panel */
 #define PRODUCT_ROWS (VW == 16 ? 8 : 4) /* rows that share a loaded dword; all sums stay in registers */
 
 static int64_t element_bytes(int64_t kind) { return kind == E45_F32 ? 4 : kind == E45_BF16 ? 2 : 1; }
 
 typedef struct {
-    uint8_t *keys, *values;                /* panels of a block */
+    uint16_t *widened;                     /* a block's keys or values as bfloat16, where the cache is I8 */
     float *key_scales, *value_scales;      /* [KEY_BLOCK]; the first with log2(e) / sqrt(D) */
     float *scores, *o, *l;                 /* [rows][KEY_BLOCK], [rows][D], [rows][VW]; rows are QUERY_TILE · G */
     float *m, *factors, *total_m, *total_l; /* [rows] */
@@ -39,7 +39,7 @@ INLINE float exp2_one(float x) {
 
 /* ---- products ---- */
 
-/* out[r][0 … KV_PANEL - 1] = out · factors[r] (0 without factors) + sum over steps of rows[r][step] · panel[step];
+/* out[r][0 … PRODUCT_WIDTH - 1] = out · factors[r] (0 without factors) + sum over steps of rows[r][step] · panel[step];
  * `odd` adds a step that takes the lower half of the panel's dwords only. Pitches and the panel's stride are in bytes.
  * Each step has the next 128 bytes from `ahead` on brought nearer, unless that is NULL. */
 INLINE void product(const int num_rows, const int wide, const uint8_t *panel, int64_t stride, int64_t num_steps,
@@ -114,55 +114,9 @@ static void product_rows(int64_t num_rows, int wide, const uint8_t *panel, int64
     }
 }
 
-/* ---- panels ---- */
-
-INLINE void pack_keys_of(const int is_int8, const uint8_t *keys, int64_t key_bytes, int64_t num_dwords,
-                         int64_t num_keys, uint8_t *panels) {
-    for (int64_t first = 0; first < num_keys; first += VW) {
-        uint8_t *panel = panels + (first / KV_PANEL * num_dwords * KV_PANEL + first % KV_PANEL) * 4;
-        for (int64_t dword = 0; dword < num_dwords; dword += VW) {
-            vi square[VW];
-#pragma GCC unroll 16
-            for (int i = 0; i < VW; i++) {
-                int64_t at = first + i < num_keys ? first + i : num_keys - 1; /* beyond is what nobody reads */
-                const uint8_t *key = keys + at * key_bytes;
-                square[i] = is_int8 ? vi_load_i8_pairs((const int8_t *)key + dword * 2) : vi_load(key + dword * 4);
-                __builtin_prefetch(key + 2 * VW * key_bytes + dword * (is_int8 ? 2 : 4));
-            }
-            vi_transpose(square);
-#pragma GCC unroll 16
-            for (int i = 0; i < VW; i++) vi_store(panel + (dword + i) * KV_PANEL * 4, square[i]);
-        }
-    }
-}
-
-/* Keys of the cache in panels [KEY_BLOCK / KV_PANEL][dwords of a key][KV_PANEL]. */
-static void pack_keys(int64_t kind, const uint8_t *keys, int64_t head_dim, int64_t num_keys, uint8_t *panels) {
-    const int64_t key_bytes = head_dim * element_bytes(kind);
-    if (kind == E45_I8) pack_keys_of(1, keys, key_bytes, head_dim / 2, num_keys, panels);
-    else pack_keys_of(0, keys, key_bytes, key_bytes / 4, num_keys, panels);
-}
-
-INLINE void pack_values_of(const int is_int8, const uint8_t *values, int64_t head_dim, int64_t num_keys,
-                           uint8_t *panels) {
-    const int64_t value_bytes = head_dim * (is_int8 ? 1 : 2);
-    for (int64_t pair = 0; 2 * pair < num_keys; pair++) {
-        const uint8_t *even = values + 2 * pair * value_bytes;
-        const uint8_t *odd = 2 * pair + 1 < num_keys ? even + value_bytes : even; /* then not used */
-        uint8_t *panel = panels + pair * KV_PANEL * 4;
-        for (int64_t i = 0; i < head_dim; i += KV_PANEL, panel += KEY_BLOCK / 2 * KV_PANEL * 4) {
-            vi x, y;
-            if (is_int8) x = vi_load_i8_pairs((const int8_t *)even + i), y = vi_load_i8_pairs((const int8_t *)odd + i);
-            else x = vi_load(even + i * 2), y = vi_load(odd + i * 2);
-            vi_zip(panel, x, y);
-        }
-    }
-}
-
-/* Values, which are not F32, in panels [D / KV_PANEL][KEY_BLOCK / 2][KV_PANEL]. */
-static void pack_values(int64_t kind, const uint8_t *values, int64_t head_dim, int64_t num_keys, uint8_t *panels) {
-    if (kind == E45_I8) pack_values_of(1, values, head_dim, num_keys, panels);
-    else pack_values_of(0, values, head_dim, num_keys, panels);
+/* Codes of int8 as bfloat16, which holds them all. */
+static void widen(const int8_t *codes, int64_t count, uint16_t *out) {
+    for (int64_t i = 0; i < count; i += VW) vf_write_upper(out + i, vf_load_i8(codes + i));
 }
 
 /* ---- softmax ---- */
@@ -187,7 +141,7 @@ INLINE void soften(const int wide, const int scaled, float *scores, int64_t num_
         }
         l = vf_add(l, p);
         if (wide) vf_store(scores + i, weight);
-        else vf_store_bf16((uint16_t *)scores + i, weight);
+        else vf_write_bf16((uint16_t *)scores + i, weight);
     }
     vf_store(s->l + row * VW, l);
     s->m[row] = m, s->factors[row] = factor;

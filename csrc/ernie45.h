@@ -7,24 +7,32 @@
 #pragma once
 #include <stdint.h>
 
-#define E45_VERSION 1
+#define E45_VERSION 2
 #define E45_PANEL 64 /* outputs whose weights lie side by side */
 #define E45_GROUP 32 /* columns that share a scale in int4 */
+#define E45_RUN 4    /* groups whose scales are one dword */
+#define E45_KV_BLOCK 32 /* tokens whose keys lie side by side */
 
 enum { E45_F32, E45_BF16, E45_I8 };        /* what a number is stored as */
 enum { E45_DENSE, E45_INT8, E45_INT4 };    /* how a matrix is stored: bfloat16, int8, int4 */
 
 /* A weight matrix in panels of 64 outputs. In a panel, dword q of each of its 64 rows lies side by side (256 bytes),
  * then dword q + 1: a dword is 2 bfloat16, 4 int8 codes (with 128 added), or 4 bytes of 4-bit codes, in which byte j of
- * a group of 32 columns holds column j low and column j + 16 high. `in_features` is a multiple of 32; the last panel has
- * 64 rows, too, whatever is in those beyond `out_features`. */
+ * a group of 32 columns holds column j low and column j + 16 high. Before each four groups of int4 is a dword of their
+ * scales, a signed byte each. `in_features` is a multiple of 32; the last panel has 64 rows, too, whatever is in those
+ * beyond `out_features`. */
 typedef struct {
     int64_t kind, out_features, in_features;
     const uint8_t *panels;
-    const int8_t *group_scales; /* int4: [panels][in_features / 32][64] */
-    const float *row_scales;    /* int8 and int4: [panels · 64] */
-    const float *bias;          /* [out_features], or NULL */
+    const float *row_scales; /* int8 and int4: [panels · 64] */
+    const float *bias;       /* [out_features], or NULL */
 } E45Matrix;
+
+/* Of an int4 row, with the scales of its groups. */
+static inline int64_t e45_int4_dwords(int64_t in_features) {
+    const int64_t num_groups = in_features / E45_GROUP;
+    return num_groups * 4 + (num_groups + E45_RUN - 1) / E45_RUN;
+}
 
 typedef struct {
     const float *weight; /* [h] */
@@ -44,8 +52,10 @@ typedef struct {
     const float *cos, *sin;                 /* [num_tokens][D / 2] */
 } E45Batch;
 
-/* One layer's keys and values, each [slots][Hkv][context_tokens][D] of `kind` (F32, BF16 or I8), with I8 also scales
- * in bfloat16 [slots][Hkv][context_tokens]. */
+/* One layer's keys and values, each [slots][Hkv][context_tokens / 32] blocks of 32 tokens, of `kind` (F32, BF16 or I8).
+ * A block's keys are [D / 2][32][2], pairs of neighbours of each key, its values [16][D][2], pairs of tokens of each
+ * column; F32 has no pairs: [D][32] and [32][D]. I8 also has scales in bfloat16 [slots][Hkv][context_tokens]. Whatever
+ * nobody wrote may be there. */
 typedef struct {
     int64_t kind, context_tokens;
     void *keys, *values;
@@ -65,6 +75,15 @@ typedef struct {
     float norm_min;
 } E45Router;
 
+/* A layer: attention, then experts or a dense MLP. */
+typedef struct {
+    E45Attention attention;
+    E45Norm norm;
+    const E45Router *router;      /* NULL without experts */
+    const E45Mlp *const *experts; /* [E] */
+    const E45Mlp *shared;         /* the experts' shared MLP, or NULL; without experts the layer's only one */
+} E45Layer;
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -80,6 +99,9 @@ E45_API void e45_trim(void);                  /* gives them back, and ends the p
 
 /* `rows` [n · 64] of `num_dwords` dwords each -> panels, in place; every byte is XORed with `flip`. */
 E45_API int e45_make_panels(void *rows, int64_t num_panels, int64_t num_dwords, int64_t flip);
+/* Of int4 rows the codes [N][in_features / 2] and scales [N][in_features / 32] -> panels, filled up with zeros. */
+E45_API int e45_make_int4_panels(const uint8_t *codes, const int8_t *scales, int64_t num_rows, int64_t in_features,
+                                 void *panels);
 
 /* All of the following return 0, or -1 where memory is short. x and y are [N, ·] of `dtype` (F32 or BF16). */
 E45_API int e45_linear(const E45Matrix *, const void *x, int64_t num_tokens, void *y, int64_t dtype);
@@ -96,6 +118,8 @@ E45_API int e45_route(const E45Norm *, const E45Router *, const void *x, int64_t
 E45_API int e45_experts(const E45Norm *, const E45Mlp *const *experts, int64_t num_experts, const E45Mlp *shared,
                         const int64_t *chosen, const float *shares, int64_t num_chosen, void *x, int64_t num_tokens,
                         int64_t dtype);
+/* `num_layers` layers one after the other: x += attention(norm(x)), x += mlp(norm(x)); `kv` has one for each. */
+E45_API int e45_layers(const E45Layer *, const E45KV *kv, int64_t num_layers, const E45Batch *, void *x, int64_t dtype);
 /* logits float32 [N, V] of norm(x) */
 E45_API int e45_head(const E45Norm *, const E45Matrix *, const void *x, int64_t num_tokens, int64_t dtype,
                      float *logits);

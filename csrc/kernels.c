@@ -34,7 +34,8 @@ typedef struct {
     const E45Norm *norm;
     const E45Router *router;
     const void *x;
-    int64_t dtype, width;
+    int64_t dtype, parts; /* of the experts, each a task */
+    float *logits;        /* [N][E] */
     int64_t *chosen;
     float *shares;
 } Routing;
@@ -50,15 +51,22 @@ static float dot(const float *a, const float *b, int64_t n) {
     return sum;
 }
 
-static void route_row(void *context, int64_t row) {
+static void score_experts(void *context, int64_t index) {
+    const Routing *r = context;
+    const int64_t num_experts = r->router->num_experts, width = r->router->width;
+    const int64_t row = index / r->parts, part = index % r->parts;
+    float x[width];
+    read_normed(r->norm, r->x, r->dtype, row, width, x);
+    for (int64_t e = num_experts * part / r->parts; e < num_experts * (part + 1) / r->parts; e++)
+        r->logits[row * num_experts + e] = dot(x, r->router->weight + e * width, width);
+}
+
+static void choose_experts(void *context, int64_t row) {
     const Routing *r = context;
     const int64_t num_experts = r->router->num_experts, num_chosen = r->router->num_chosen;
-    float x[r->width], probabilities[num_experts], scores[num_experts], most = -INFINITY, sum = 0, chosen_sum = 0;
-    read_normed(r->norm, r->x, r->dtype, row, r->width, x);
-    for (int64_t e = 0; e < num_experts; e++) {
-        probabilities[e] = dot(x, r->router->weight + e * r->width, r->width);
-        most = probabilities[e] > most ? probabilities[e] : most;
-    }
+    float *probabilities = r->logits + row * num_experts, scores[num_experts];
+    float most = -INFINITY, sum = 0, chosen_sum = 0;
+    for (int64_t e = 0; e < num_experts; e++) most = probabilities[e] > most ? probabilities[e] : most;
     for (int64_t e = 0; e < num_experts; e++) sum += probabilities[e] = expf(probabilities[e] - most);
     for (int64_t e = 0; e < num_experts; e++) {
         probabilities[e] /= sum;
@@ -83,9 +91,41 @@ static void route_row(void *context, int64_t row) {
 
 static int route(const E45Norm *norm, const E45Router *router, const void *x, int64_t num_tokens, int64_t dtype,
                  int64_t *chosen, float *shares) {
-    Routing routing = {norm, router, x, dtype, router->width, chosen, shares};
-    pool_run(route_row, &routing, num_tokens);
+    float *logits = pool_workspace(num_tokens * router->num_experts * 4);
+    if (!logits) return -1;
+    /* Few rows are shared out by experts, too: a router's weights are read at the rate of one thread otherwise. */
+    int64_t parts = num_tokens < TASKS_PER_THREAD ? pool_threads() : 1;
+    Routing routing = {norm, router, x, dtype, parts, logits, chosen, shares};
+    pool_run(score_experts, &routing, num_tokens * parts);
+    pool_run(choose_experts, &routing, num_tokens);
     return 0;
+}
+
+static int layers(const E45Layer *list, const E45KV *kv, int64_t num_layers, const E45Batch *batch, void *x,
+                  int64_t dtype) {
+    const int64_t n = batch->num_tokens;
+    int64_t most = 0;
+    for (int64_t i = 0; i < num_layers; i++)
+        if (list[i].router && list[i].router->num_chosen > most) most = list[i].router->num_chosen;
+    int64_t *chosen = malloc((size_t)(n * most * 12 + 1));
+    int failed = chosen ? 0 : -1;
+    for (int64_t i = 0; i < num_layers && !failed; i++) {
+        const E45Layer *layer = &list[i];
+        const E45Router *router = layer->router;
+        float *shares = (float *)(chosen + n * most);
+        failed = attention(&layer->attention, batch, &kv[i], x, dtype);
+        if (failed) break;
+        if (router) {
+            failed = route(&layer->norm, router, x, n, dtype, chosen, shares);
+            if (!failed)
+                failed = experts(&layer->norm, layer->experts, router->num_experts, layer->shared, chosen, shares,
+                                 router->num_chosen, x, n, dtype);
+        } else {
+            failed = mlp(&layer->norm, layer->shared, x, n, dtype);
+        }
+    }
+    free(chosen);
+    return failed;
 }
 
 typedef struct {
@@ -127,5 +167,5 @@ static int lookup(const E45Matrix *m, const int64_t *ids, int64_t num_tokens, vo
 #define TEXT(a) TEXT2(a)
 
 const Variant JOIN(variant_, E45_ISA) = {
-    TEXT(E45_ISA), linear, lookup, attention, mlp, route, experts, head,
+    TEXT(E45_ISA), linear, lookup, attention, mlp, route, experts, layers, head,
 };

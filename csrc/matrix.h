@@ -11,19 +11,16 @@
 /* How many rows and vectors of outputs the registers hold the sums of. */
 #if defined(E45_ISA_AVX512)
 #define TILE_ROWS 6
-#define WIDE 4   /* vectors at a time */
-#define NARROW 2 /* the same for int4, whose sums are kept twice, with more than FEW_ROWS rows */
-#define FEW_ROWS 3
+#define WIDE 4      /* vectors at a time */
+#define INT4_ROWS 3 /* of int4, whose sums are kept twice */
 #elif defined(E45_ISA_AVX2)
 #define TILE_ROWS 4
 #define WIDE 2
-#define NARROW 1
-#define FEW_ROWS 2
+#define INT4_ROWS 2
 #else
 #define TILE_ROWS 2
 #define WIDE 4
-#define NARROW 2
-#define FEW_ROWS 1
+#define INT4_ROWS 1
 #endif
 #define EACH _Pragma("GCC unroll 8") /* loops over registers */
 #define BLOCK_STEPS 64 /* 16 KiB of a panel */
@@ -164,41 +161,41 @@ INLINE void int8_tile(const int rows, const TileRows *in, const E45Matrix *m, in
     }
 }
 
-INLINE void int4_tile(const int rows, const int wide, const TileRows *in, const E45Matrix *m, int64_t panel,
-                      float out[][E45_PANEL]) {
+/* Each run of four groups has its scales before it, so that a panel is one stream. */
+INLINE void int4_tile(const int rows, const TileRows *in, const E45Matrix *m, int64_t panel, float out[][E45_PANEL]) {
     const int64_t num_groups = m->in_features / E45_GROUP;
     const vi low_half = vi_set1(0x0f0f0f0f);
-    for (int first = 0; first < E45_PANEL; first += wide * VW) {
-        const uint8_t *w = m->panels + panel * num_groups * 4 * STEP_BYTES + first * 4;
-        const int8_t *scales = m->group_scales + panel * num_groups * E45_PANEL + first;
+    for (int first = 0; first < E45_PANEL; first += WIDE * VW) {
+        const uint8_t *w = m->panels + panel * e45_int4_dwords(m->in_features) * STEP_BYTES + first * 4, *scales = w;
         vf sums[TILE_ROWS][WIDE];
         EACH for (int r = 0; r < rows; r++)
-            EACH for (int n = 0; n < wide; n++) sums[r][n] = vf_set1(0);
-        for (int64_t g = 0; g < num_groups; g++, scales += E45_PANEL) {
+            EACH for (int n = 0; n < WIDE; n++) sums[r][n] = vf_set1(0);
+        for (int64_t g = 0; g < num_groups; g++) {
+            if (g % E45_RUN == 0) scales = w, w += STEP_BYTES;
             vi group[TILE_ROWS][WIDE];
             EACH for (int r = 0; r < rows; r++)
-                EACH for (int n = 0; n < wide; n++) group[r][n] = vi_set1(in->offsets[r][g]);
+                EACH for (int n = 0; n < WIDE; n++) group[r][n] = vi_set1(in->offsets[r][g]);
             for (int step = 0; step < 4; step++, w += STEP_BYTES) {
                 vi low[WIDE], high[WIDE];
-                EACH for (int n = 0; n < wide; n++) {
+                EACH for (int n = 0; n < WIDE; n++) {
                     vi both = vi_load(w + n * VW * 4);
                     low[n] = vi_and(both, low_half);
                     high[n] = vi_and(vi_shift4(both), low_half);
                 }
                 EACH for (int r = 0; r < rows; r++) {
                     vi a = vi_set1(in->codes[r][g * 8 + step]);
-                    EACH for (int n = 0; n < wide; n++) group[r][n] = dot4_small(group[r][n], low[n], a);
+                    EACH for (int n = 0; n < WIDE; n++) group[r][n] = dot4_small(group[r][n], low[n], a);
                     vi b = vi_set1(in->codes[r][g * 8 + 4 + step]);
-                    EACH for (int n = 0; n < wide; n++) group[r][n] = dot4_small(group[r][n], high[n], b);
+                    EACH for (int n = 0; n < WIDE; n++) group[r][n] = dot4_small(group[r][n], high[n], b);
                 }
             }
-            EACH for (int n = 0; n < wide; n++) {
-                vf scale = vf_load_i8(scales + n * VW);
+            EACH for (int n = 0; n < WIDE; n++) {
+                vf scale = vf_of_int(vi_byte(vi_load(scales + n * VW * 4), (int)(g % E45_RUN)));
                 EACH for (int r = 0; r < rows; r++)
                     sums[r][n] = vf_fma(vf_of_int(group[r][n]), vf_mul(vf_set1(in->scales[r][g]), scale), sums[r][n]);
             }
         }
-        EACH for (int n = 0; n < wide; n++) {
+        EACH for (int n = 0; n < WIDE; n++) {
             vf scale = vf_load(m->row_scales + panel * E45_PANEL + first + n * VW);
             EACH for (int r = 0; r < rows; r++) vf_store(out[r] + first + n * VW, vf_mul(sums[r][n], scale));
         }
@@ -209,8 +206,7 @@ INLINE void tile_of(const int rows, const TileRows *in, const E45Matrix *m, int6
                     float out[][E45_PANEL]) {
     if (m->kind == E45_DENSE) dense_tile(rows, in, m, panel, out);
     else if (m->kind == E45_INT8) int8_tile(rows, in, m, panel, from, to, out);
-    else if (rows <= FEW_ROWS) int4_tile(rows, WIDE, in, m, panel, out);
-    else int4_tile(rows, NARROW, in, m, panel, out);
+    else if (rows <= INT4_ROWS) int4_tile(rows, in, m, panel, out);
 }
 
 static __attribute__((noinline)) void tile(int64_t rows, const TileRows *in, const E45Matrix *m, int64_t panel,
@@ -233,14 +229,15 @@ static __attribute__((noinline)) void tile(int64_t rows, const TileRows *in, con
 static void multiply(const E45Matrix *m, int64_t panel, const Inputs *in, const int64_t *numbers, int64_t first,
                      int64_t count, float out[][E45_PANEL]) {
     const int64_t row_bytes = in->width * CODES_BYTES(in->kind), num_scales = scales_per_row(in);
+    const int64_t most = m->kind == E45_INT4 ? INT4_ROWS : TILE_ROWS;
     /* With many rows, int8 is bound by how fast weights come from the second cache: some columns of a panel go through
      * all rows while they are in the first. */
     const int64_t num_steps = m->in_features / 4;
     const int64_t block = m->kind == E45_INT8 && count > TILE_ROWS ? BLOCK_STEPS : num_steps;
     for (int64_t from = 0; from < num_steps; from += block) {
         int64_t to = from + block < num_steps ? from + block : num_steps;
-        for (int64_t done = 0; done < count; done += TILE_ROWS) {
-            int64_t rows = count - done < TILE_ROWS ? count - done : TILE_ROWS;
+        for (int64_t done = 0; done < count; done += most) {
+            int64_t rows = count - done < most ? count - done : most;
             TileRows tile_rows;
             for (int64_t i = 0; i < rows; i++) {
                 int64_t row = numbers ? numbers[first + done + i] : first + done + i;

@@ -16,6 +16,7 @@ typedef struct {
     float **wide;    /* [rows]: where silu(gate) · up of a row is */
     void *x;
     int64_t *starts; /* [uses + 1]: the first task of a use */
+    int64_t gate_run, down_run, down_rows; /* panels of a task, and rows of one that adds up */
 } Mlps;
 
 static int64_t mlp_width(const E45Mlp *mlp) { return mlp->gate_up.out_features / 2; }
@@ -26,26 +27,35 @@ static void add_bias(const E45Matrix *m, int64_t panel, float *values) {
     for (int64_t n = 0; n < smaller(m->out_features - first, E45_PANEL); n++) values[n] += m->bias[first + n];
 }
 
-static void gate_panel(void *context, int64_t index) {
+/* Some panels of gate and then of up: to each its own stretch of memory. Until up is there gate lies in `wide`. */
+static void gate_panels(void *context, int64_t index) {
     const Mlps *mlps = context;
     int64_t u = 0;
     while (index >= mlps->starts[u + 1]) u++;
     const Use *use = &mlps->uses[u];
     const E45Matrix *m = &use->mlp->gate_up;
-    const int64_t blocks = (use->count + ROW_BLOCK - 1) / ROW_BLOCK;
-    const int64_t panel = (index - mlps->starts[u]) / blocks, done = (index - mlps->starts[u]) % blocks * ROW_BLOCK;
-    const int64_t up_panel = panel + mlp_width(use->mlp) / E45_PANEL, count = smaller(use->count - done, ROW_BLOCK);
-    float gate[ROW_BLOCK][E45_PANEL], up[ROW_BLOCK][E45_PANEL];
-    multiply(m, panel, &use->in, mlps->tokens, use->first + done, count, gate);
-    multiply(m, up_panel, &use->in, mlps->tokens, use->first + done, count, up);
-    for (int64_t i = 0; i < count; i++) {
-        float *wide = mlps->wide[use->first + done + i] + panel * E45_PANEL;
-        add_bias(m, panel, gate[i]);
-        add_bias(m, up_panel, up[i]);
-        for (int n = 0; n < E45_PANEL; n += VW) {
-            vf g = vf_load(gate[i] + n), one = vf_set1(1);
-            vf silu = vf_div(g, vf_add(one, vf_exp(vf_sub(vf_set1(0), g))));
-            vf_store(wide + n, vf_mul(silu, vf_load(up[i] + n)));
+    const int64_t blocks = (use->count + ROW_BLOCK - 1) / ROW_BLOCK, half = mlp_width(use->mlp) / E45_PANEL;
+    const int64_t first = (index - mlps->starts[u]) / blocks * mlps->gate_run;
+    const int64_t done = (index - mlps->starts[u]) % blocks * ROW_BLOCK, row = use->first + done;
+    const int64_t count = smaller(use->count - done, ROW_BLOCK), end = smaller(first + mlps->gate_run, half);
+    float out[ROW_BLOCK][E45_PANEL];
+    for (int64_t panel = first; panel < end; panel++) {
+        multiply(m, panel, &use->in, mlps->tokens, row, count, out);
+        for (int64_t i = 0; i < count; i++) {
+            add_bias(m, panel, out[i]);
+            memcpy(mlps->wide[row + i] + panel * E45_PANEL, out[i], sizeof out[i]);
+        }
+    }
+    for (int64_t panel = first; panel < end; panel++) {
+        multiply(m, half + panel, &use->in, mlps->tokens, row, count, out);
+        for (int64_t i = 0; i < count; i++) {
+            float *wide = mlps->wide[row + i] + panel * E45_PANEL;
+            add_bias(m, half + panel, out[i]);
+            for (int n = 0; n < E45_PANEL; n += VW) {
+                vf gate = vf_load(wide + n), one = vf_set1(1);
+                vf silu = vf_div(gate, vf_add(one, vf_exp(vf_sub(vf_set1(0), gate))));
+                vf_store(wide + n, vf_mul(silu, vf_load(out[i] + n)));
+            }
         }
     }
 }
@@ -58,12 +68,13 @@ static void prepare_wide(void *context, int64_t row) {
     put_row(&use->wide_in, row - use->first, mlps->wide[row]);
 }
 
-/* A panel of the outputs, summed over the MLPs in their order and added to x: each token's by one task. */
-static void down_panel(void *context, int64_t index) {
+/* Some panels of the outputs, summed over the MLPs in their order and added to x: each token's by one task. */
+static void down_panels(void *context, int64_t index) {
     const Mlps *mlps = context;
-    const int64_t blocks = (mlps->num_tokens + ROW_BLOCK - 1) / ROW_BLOCK;
-    const int64_t panel = index / blocks, first = index % blocks * ROW_BLOCK, end = first + ROW_BLOCK;
-    const int64_t place = panel * E45_PANEL, width = smaller(mlps->width - place, E45_PANEL);
+    const int64_t rows = mlps->down_rows, blocks = (mlps->num_tokens + rows - 1) / rows;
+    const int64_t first_panel = index / blocks * mlps->down_run, first = index % blocks * rows, end = first + rows;
+    const int64_t num_panels = (mlps->width + E45_PANEL - 1) / E45_PANEL;
+    const int64_t end_panel = smaller(first_panel + mlps->down_run, num_panels);
     float sums[ROW_BLOCK][E45_PANEL], out[ROW_BLOCK][E45_PANEL];
     memset(sums, 0, sizeof sums);
     for (int64_t u = 0; u < mlps->num_uses; u++) {
@@ -72,17 +83,23 @@ static void down_panel(void *context, int64_t index) {
         int64_t from = 0, to; /* of the use's rows, whose tokens ascend, those of this block */
         while (from < use->count && tokens[from] < first) from++;
         for (to = from; to < use->count && tokens[to] < end;) to++;
-        multiply(&use->mlp->down, panel, &use->wide_in, NULL, from, to - from, out);
-        for (int64_t i = from; i < to; i++) {
-            add_bias(&use->mlp->down, panel, out[i - from]);
-            const vf share = vf_set1(mlps->shares[use->first + i]);
-            float *sum = sums[tokens[i] - first];
-            for (int n = 0; n < E45_PANEL; n += VW)
-                vf_store(sum + n, vf_fma(share, vf_load(out[i - from] + n), vf_load(sum + n)));
+        for (int64_t panel = first_panel; panel < end_panel; panel++) {
+            multiply(&use->mlp->down, panel, &use->wide_in, NULL, from, to - from, out);
+            for (int64_t i = from; i < to; i++) {
+                add_bias(&use->mlp->down, panel, out[i - from]);
+                const vf share = vf_set1(mlps->shares[use->first + i]);
+                float *sum = sums[(panel - first_panel) * rows + tokens[i] - first];
+                for (int n = 0; n < E45_PANEL; n += VW)
+                    vf_store(sum + n, vf_fma(share, vf_load(out[i - from] + n), vf_load(sum + n)));
+            }
         }
     }
-    for (int64_t token = first; token < smaller(end, mlps->num_tokens); token++)
-        write_part(mlps->x, mlps->dtype, token * mlps->width + place, width, sums[token - first], 1);
+    for (int64_t panel = first_panel; panel < end_panel; panel++) {
+        const int64_t place = panel * E45_PANEL, width = smaller(mlps->width - place, E45_PANEL);
+        for (int64_t token = first; token < smaller(end, mlps->num_tokens); token++)
+            write_part(mlps->x, mlps->dtype, token * mlps->width + place, width,
+                       sums[(panel - first_panel) * rows + token - first], 1);
+    }
 }
 
 /* The rows of each MLP, in the order of tokens. */
@@ -131,16 +148,23 @@ static void run_mlps(const E45Norm *norm, Mlps *mlps, Inputs forms[3]) {
     for (int kind = E45_DENSE, n = 0; kind <= E45_INT4; kind++)
         if (forms[kind].kind >= 0) preparing.in[n++] = &forms[kind];
     pool_run(prepare_row, &preparing, mlps->num_tokens);
+    const int64_t num_panels = (mlps->width + E45_PANEL - 1) / E45_PANEL;
+    int64_t num_pairs = 0;
+    for (int64_t u = 0; u < mlps->num_uses; u++) num_pairs += mlp_width(mlps->uses[u].mlp) / E45_PANEL;
+    mlps->gate_run = panels_per_task(&mlps->uses[0].mlp->gate_up, num_pairs);
+    mlps->down_run = smaller(panels_per_task(&mlps->uses[0].mlp->down, num_panels), ROW_BLOCK / mlps->num_tokens);
+    if (mlps->down_run < 1) mlps->down_run = 1;
+    mlps->down_rows = ROW_BLOCK / mlps->down_run;
     mlps->starts[0] = 0;
     for (int64_t u = 0; u < mlps->num_uses; u++) {
         const Use *use = &mlps->uses[u];
-        int64_t blocks = (use->count + ROW_BLOCK - 1) / ROW_BLOCK;
-        mlps->starts[u + 1] = mlps->starts[u] + mlp_width(use->mlp) / E45_PANEL * blocks;
+        int64_t runs = (mlp_width(use->mlp) / E45_PANEL + mlps->gate_run - 1) / mlps->gate_run;
+        mlps->starts[u + 1] = mlps->starts[u] + runs * ((use->count + ROW_BLOCK - 1) / ROW_BLOCK);
     }
-    pool_run(gate_panel, mlps, mlps->starts[mlps->num_uses]);
+    pool_run(gate_panels, mlps, mlps->starts[mlps->num_uses]);
     pool_run(prepare_wide, mlps, mlps->num_rows);
-    int64_t blocks = (mlps->num_tokens + ROW_BLOCK - 1) / ROW_BLOCK;
-    pool_run(down_panel, mlps, (mlps->width + E45_PANEL - 1) / E45_PANEL * blocks);
+    int64_t blocks = (mlps->num_tokens + mlps->down_rows - 1) / mlps->down_rows;
+    pool_run(down_panels, mlps, (num_panels + mlps->down_run - 1) / mlps->down_run * blocks);
 }
 
 static int experts(const E45Norm *norm, const E45Mlp *const *table, int64_t num_experts, const E45Mlp *shared,

@@ -6,8 +6,8 @@
 #include "pool.h"
 #include "simd.h"
 
-#define TASK_BYTES (128 << 10) /* weights that a task goes through at least, where there are enough */
-#define TASKS_PER_THREAD 4
+#define RUN_BYTES (192 << 10) /* of a matrix that a task reads one after the other, where there are enough tasks */
+#define TASKS_PER_THREAD 8
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -97,17 +97,17 @@ static void multiply_panels(void *context, int64_t index) {
     }
 }
 
-static int64_t panels_per_task(const E45Matrix *m) {
-    int64_t bytes = m->in_features * E45_PANEL * CODES_BYTES(m->kind) / (m->kind == E45_INT4 ? 2 : 1);
-    int64_t most = num_panels(m) / (TASKS_PER_THREAD * pool_threads());
-    int64_t wanted = TASK_BYTES / bytes;
-    wanted = wanted < most ? wanted : most;
-    return wanted > 1 ? wanted : 1;
+/* Of m, in one of `num_tasks` tasks of a panel each that a phase would have. */
+static int64_t panels_per_task(const E45Matrix *m, int64_t num_tasks) {
+    int64_t dwords = m->in_features * CODES_BYTES(m->kind) / 4;
+    if (m->kind == E45_INT4) dwords = e45_int4_dwords(m->in_features);
+    int64_t wanted = (RUN_BYTES - 1) / (dwords * STEP_BYTES) + 1, most = num_tasks / (TASKS_PER_THREAD * pool_threads());
+    return wanted < most ? wanted : most > 1 ? most : 1;
 }
 
 static void run_product(Product *p) {
     p->num_row_blocks = (p->num_rows + ROW_BLOCK - 1) / ROW_BLOCK;
-    p->panels_per_task = panels_per_task(p->m);
+    p->panels_per_task = panels_per_task(p->m, num_panels(p->m));
     int64_t chunks = (num_panels(p->m) + p->panels_per_task - 1) / p->panels_per_task;
     pool_run(multiply_panels, p, chunks * p->num_row_blocks);
 }

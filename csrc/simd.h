@@ -51,18 +51,20 @@ INLINE void vi_store(void *p, vi x) { _mm512_storeu_si512(p, x); }
 INLINE vi vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
 INLINE vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 INLINE vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
+/* vi_byte: byte n of each lane, signed */
 INLINE vi vi_shift4(vi a) { return _mm512_srli_epi32(a, 4); }
 INLINE vf vf_of_int(vi a) { return _mm512_cvtepi32_ps(a); }
 INLINE vi vi_of_float(vf a) { return _mm512_cvtps_epi32(a); } /* to the nearest */
-INLINE vf vf_load_i8(const int8_t *p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
-}
+INLINE vi vi_byte(vi a, int n) { return _mm512_srai_epi32(_mm512_sllv_epi32(a, vi_set1(24 - 8 * n)), 24); }
 INLINE vf vf_load_bf16(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16));
 }
 /* x · 2^n for whole n, -126 … 127 */
 INLINE vf vf_scale2(vf x, vf n) {
     return _mm512_mul_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), vi_set1(127)), 23)));
+}
+INLINE void vf_write_upper(uint16_t *p, vf x) { /* upper halves: bfloat16 towards 0 */
+    _mm256_storeu_si256((void *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(x), 16)));
 }
 INLINE void vf_write_bf16(uint16_t *p, vf x) { /* like to_bf16, but for numbers below 2^-126 */
 #ifdef __AVX512BF16__
@@ -71,7 +73,7 @@ INLINE void vf_write_bf16(uint16_t *p, vf x) { /* like to_bf16, but for numbers 
     __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), vi_set1(1));
     bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, vi_set1(0x7fff)));
     bits = _mm512_mask_mov_epi32(bits, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), vi_set1(0x7fc00000));
-    _mm256_storeu_si256((void *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+    vf_write_upper(p, _mm512_castsi512_ps(bits));
 #endif
 }
 INLINE void vi_write_i8(int8_t *p, vi x) { _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8(x)); }
@@ -117,23 +119,23 @@ INLINE vi vi_and(vi a, vi b) { return _mm256_and_si256(a, b); }
 INLINE vi vi_shift4(vi a) { return _mm256_srli_epi32(a, 4); }
 INLINE vf vf_of_int(vi a) { return _mm256_cvtepi32_ps(a); }
 INLINE vi vi_of_float(vf a) { return _mm256_cvtps_epi32(a); }
-INLINE vf vf_load_i8(const int8_t *p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)));
-}
+INLINE vi vi_byte(vi a, int n) { return _mm256_srai_epi32(_mm256_sllv_epi32(a, vi_set1(24 - 8 * n)), 24); }
 INLINE vf vf_load_bf16(const uint16_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)), 16));
 }
 INLINE vf vf_scale2(vf x, vf n) {
     return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), vi_set1(127)), 23)));
 }
+INLINE void vf_write_upper(uint16_t *p, vf x) {
+    __m256i bits = _mm256_srli_epi32(_mm256_castps_si256(x), 16);
+    bits = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 8);
+    _mm_storeu_si128((void *)p, _mm256_castsi256_si128(bits));
+}
 INLINE void vf_write_bf16(uint16_t *p, vf x) {
     __m256i bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), vi_set1(1));
     bits = _mm256_add_epi32(bits, _mm256_add_epi32(odd, vi_set1(0x7fff)));
     __m256 is_nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
-    bits = _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(bits), _mm256_castsi256_ps(vi_set1(0x7fc00000)), is_nan));
-    bits = _mm256_srli_epi32(bits, 16);
-    bits = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 8);
-    _mm_storeu_si128((void *)p, _mm256_castsi256_si128(bits));
+    vf_write_upper(p, _mm256_blendv_ps(_mm256_castsi256_ps(bits), _mm256_castsi256_ps(vi_set1(0x7fc00000)), is_nan));
 }
 INLINE void vi_write_i8(int8_t *p, vi x) {
     int32_t lanes[VW];
@@ -193,7 +195,7 @@ INLINE vi vi_and(vi a, vi b) { LANES a.lane[i] &= b.lane[i]; return a; }
 INLINE vi vi_shift4(vi a) { LANES a.lane[i] = (int32_t)((uint32_t)a.lane[i] >> 4); return a; }
 INLINE vf vf_of_int(vi a) { vf y; LANES y.lane[i] = (float)a.lane[i]; return y; }
 INLINE vi vi_of_float(vf a) { vi y; LANES y.lane[i] = (int32_t)__builtin_rintf(a.lane[i]); return y; }
-INLINE vf vf_load_i8(const int8_t *p) { vf y; LANES y.lane[i] = (float)p[i]; return y; }
+INLINE vi vi_byte(vi a, int n) { LANES a.lane[i] = (int8_t)((uint32_t)a.lane[i] >> 8 * n); return a; }
 INLINE vf vf_load_bf16(const uint16_t *p) { vf y; LANES y.lane[i] = from_bf16(p[i]); return y; }
 INLINE vf vf_scale2(vf x, vf n) {
     LANES {
@@ -203,6 +205,11 @@ INLINE vf vf_scale2(vf x, vf n) {
         x.lane[i] *= power;
     }
     return x;
+}
+INLINE void vf_write_upper(uint16_t *p, vf x) {
+    uint32_t bits[VW];
+    memcpy(bits, &x, sizeof bits);
+    LANES p[i] = (uint16_t)(bits[i] >> 16);
 }
 INLINE void vf_write_bf16(uint16_t *p, vf x) { LANES p[i] = to_bf16(x.lane[i]); }
 INLINE void vi_write_i8(int8_t *p, vi x) { LANES p[i] = (int8_t)x.lane[i]; }
@@ -256,59 +263,12 @@ INLINE float vf_sum(vf x) {
 }
 
 /* For attention. vf_first: lanes 0 … n - 1 of x, the others of `rest`. vf_top: the highest lane, none of them NaN.
- * vi_pair: of each lane the upper halves of `low` and `high`, as 2 bfloat16. vi_zip: 2 · VW dwords, each of a word of
- * `low` and one of `high`. vi_transpose: of a square of dwords. */
+ * vf_load_i8: VW codes. */
 #if defined(E45_ISA_AVX512)
 INLINE vf vf_first(vf x, int n, vf rest) { return _mm512_mask_blend_ps((__mmask16)((1u << n) - 1), rest, x); }
 INLINE float vf_top(vf x) { return _mm512_reduce_max_ps(x); }
-INLINE void vf_store_bf16(uint16_t *p, vf x) { /* to the nearest; what NaN becomes is open */
-#ifdef __AVX512BF16__
-    _mm256_storeu_si256((void *)p, (__m256i)_mm512_cvtneps_pbh(x));
-#else
-    vi bits = _mm512_castps_si512(x);
-    vi odd = vi_and(_mm512_srli_epi32(bits, 16), vi_set1(1));
-    bits = vi_add(vi_add(bits, vi_set1(0x7fff)), odd);
-    _mm256_storeu_si256((void *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
-#endif
-}
-INLINE vi vi_pair(vf low, vf high) {
-    vi upper = vi_and(_mm512_castps_si512(high), vi_set1((int32_t)0xffff0000));
-    return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low), 16), upper);
-}
-INLINE vi vi_load_i8_pairs(const int8_t *p) { /* 2 · VW codes as bfloat16 */
-    vi words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p));
-    vf even = vf_of_int(_mm512_srai_epi32(_mm512_slli_epi32(words, 24), 24));
-    return vi_pair(even, vf_of_int(_mm512_srai_epi32(_mm512_slli_epi32(words, 16), 24)));
-}
-INLINE void vi_zip(void *p, vi low, vi high) {
-    vi a = _mm512_unpacklo_epi16(low, high), b = _mm512_unpackhi_epi16(low, high);
-    vi_store(p, _mm512_permutex2var_epi64(a, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), b));
-    vi_store((uint8_t *)p + 64, _mm512_permutex2var_epi64(a, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), b));
-}
-INLINE void vi_transpose(vi a[16]) {
-    vi b[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; j++) {
-            a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + 2 + j]);
-            a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + 2 + j]);
-        }
-#pragma GCC unroll 16
-    for (int i = 0; i < 8; i++) { /* a[4·n + j]: columns j, j + 4, j + 8, j + 12 of rows 4·n … 4·n + 3 */
-        int first = i % 4 + i / 4 * 8;
-        b[first] = _mm512_shuffle_i32x4(a[first], a[first + 4], 0x88);
-        b[first + 4] = _mm512_shuffle_i32x4(a[first], a[first + 4], 0xdd);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 8; i++) {
-        a[i] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88);
-        a[i + 8] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd);
-    }
+INLINE vf vf_load_i8(const int8_t *p) {
+    return vf_of_int(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
 }
 #elif defined(E45_ISA_AVX2)
 INLINE vf vf_first(vf x, int n, vf rest) {
@@ -320,42 +280,8 @@ INLINE float vf_top(vf x) {
     half = _mm_max_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_max_ss(half, _mm_shuffle_ps(half, half, 1)));
 }
-INLINE void vf_store_bf16(uint16_t *p, vf x) {
-    vi bits = _mm256_castps_si256(x);
-    vi odd = vi_and(_mm256_srli_epi32(bits, 16), vi_set1(1));
-    bits = _mm256_srli_epi32(vi_add(vi_add(bits, vi_set1(0x7fff)), odd), 16);
-    bits = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x08);
-    _mm_storeu_si128((void *)p, _mm256_castsi256_si128(bits));
-}
-INLINE vi vi_pair(vf low, vf high) {
-    return _mm256_blend_epi16(_mm256_srli_epi32(_mm256_castps_si256(low), 16), _mm256_castps_si256(high), 0xaa);
-}
-INLINE vi vi_load_i8_pairs(const int8_t *p) {
-    vi words = _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p));
-    vf even = vf_of_int(_mm256_srai_epi32(_mm256_slli_epi32(words, 24), 24));
-    return vi_pair(even, vf_of_int(_mm256_srai_epi32(_mm256_slli_epi32(words, 16), 24)));
-}
-INLINE void vi_zip(void *p, vi low, vi high) {
-    vi a = _mm256_unpacklo_epi16(low, high), b = _mm256_unpackhi_epi16(low, high);
-    vi_store(p, _mm256_permute2x128_si256(a, b, 0x20));
-    vi_store((uint8_t *)p + 32, _mm256_permute2x128_si256(a, b, 0x31));
-}
-INLINE void vi_transpose(vi a[8]) {
-    vi b[8];
-    for (int i = 0; i < 8; i += 2) {
-        b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4)
-        for (int j = 0; j < 2; j++) {
-            a[i + 2 * j] = _mm256_unpacklo_epi64(b[i + j], b[i + 2 + j]);
-            a[i + 2 * j + 1] = _mm256_unpackhi_epi64(b[i + j], b[i + 2 + j]);
-        }
-    for (int i = 0; i < 4; i++) {
-        b[i] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x20);
-        b[i + 4] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x31);
-    }
-    memcpy(a, b, sizeof b);
+INLINE vf vf_load_i8(const int8_t *p) {
+    return vf_of_int(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)));
 }
 #else
 INLINE vf vf_first(vf x, int n, vf rest) { LANES x.lane[i] = i < n ? x.lane[i] : rest.lane[i]; return x; }
@@ -364,29 +290,5 @@ INLINE float vf_top(vf x) {
     LANES most = x.lane[i] > most ? x.lane[i] : most;
     return most;
 }
-INLINE void vf_store_bf16(uint16_t *p, vf x) { LANES p[i] = to_bf16(x.lane[i]); }
-INLINE vi vi_pair(vf low, vf high) {
-    uint32_t l[VW], h[VW];
-    memcpy(l, &low, sizeof l), memcpy(h, &high, sizeof h);
-    LANES l[i] = l[i] >> 16 | (h[i] & 0xffff0000);
-    return vi_load(l);
-}
-INLINE vi vi_load_i8_pairs(const int8_t *p) {
-    vf even, odd;
-    LANES even.lane[i] = (float)p[2 * i], odd.lane[i] = (float)p[2 * i + 1];
-    return vi_pair(even, odd);
-}
-INLINE void vi_zip(void *p, vi low, vi high) {
-    uint16_t l[2 * VW], h[2 * VW], zipped[4 * VW];
-    vi_store(l, low), vi_store(h, high);
-    for (int i = 0; i < 2 * VW; i++) zipped[2 * i] = l[i], zipped[2 * i + 1] = h[i];
-    memcpy(p, zipped, sizeof zipped);
-}
-INLINE void vi_transpose(vi a[VW]) {
-    for (int row = 1; row < VW; row++)
-        for (int column = 0; column < row; column++) {
-            int32_t x = a[row].lane[column];
-            a[row].lane[column] = a[column].lane[row], a[column].lane[row] = x;
-        }
-}
+INLINE vf vf_load_i8(const int8_t *p) { vf y; LANES y.lane[i] = (float)p[i]; return y; }
 #endif

@@ -11,12 +11,20 @@ from typing import Any
 
 import pytest
 
-from ernie45 import ErnieModel, catalogue
-from ernie45.drafts import Draft
+from ernie45 import ErnieModel, catalogue, loading, plan_memory
 from ernie45.engine.speculation.control import StepCost, StepTimes
 from ernie45.engine.speculation.lookup import PromptLookup
 from ernie45.engine.speculation.proposer import Ask
-from ernie45.errors import ErnieError, InvalidRequestError, ModelNotFoundError, UnsupportedError
+from ernie45.errors import (
+    ConfigError,
+    CorruptFileError,
+    ErnieError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    OutOfMemoryError,
+    UnsupportedError,
+)
+from ernie45.memory.draft import Draft, is_model
 from ernie45.testing.tasks import task_names, tasks
 from tests.engine.test_engine import eventually
 from tests.paddle_files import CONFIG, EXPERTS, random_pt, write_checkpoint
@@ -178,15 +186,77 @@ def test_what_names_no_draft_is_refused(draft: Any) -> None:
 
 
 def test_a_draft_that_is_not_there_is_named() -> None:
-    with pytest.raises(ModelNotFoundError, match="nowhere"):
-        ErnieModel.from_pretrained(DENSE, draft="./nowhere")
+    for draft in ("./nowhere", "lokup", Path("nowhere")):
+        with pytest.raises(ModelNotFoundError, match=r"draft='.*(nowhere|lokup)': there is no folder") as caught:
+            ErnieModel.from_pretrained(DENSE, draft=draft)
+        assert 'draft="lookup"' in caught.value.hint
+    with pytest.raises(ModelNotFoundError, match=r"draft='\./nowhere'"):  # before anything is fetched
+        ErnieModel.from_pretrained("no-such/model", draft="./nowhere")
+
+
+def test_whatever_fails_with_a_draft_is_said_to_be_about_it(tmp_path: Path, small_folder_path: Path) -> None:
+    broken = Path(shutil.copytree(small_folder_path, tmp_path / "broken"))
+    (broken / "model.safetensors").write_bytes(b"12345678")
+    with pytest.raises(CorruptFileError, match=r"draft='.*broken': "):
+        ErnieModel.from_pretrained(small_folder_path, device="cpu", draft=broken)
+    (broken / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"draft='.*broken': .* has no config.json"):
+        ErnieModel.from_pretrained(small_folder_path, device="cpu", draft=broken)
+
+
+def test_a_draft_is_compared_before_weights_are_fetched(
+    tmp_path: Path, small_folder_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub is stood in for by a resolve that has the small files of both, and the weights of none."""
+    names = {"hub/model": small_folder_path, "hub/vl": built_in("ernie45/tiny-vl"), "hub/moe": built_in(MOE)}
+    asked = []
+
+    def fetch(name: str, *, check: Callable[[Path], object], **options: Any) -> Path:
+        asked.append(name)
+        check(names[name])
+        pytest.fail(f"the weights of {name} would be fetched now")
+
+    monkeypatch.setattr(loading, "resolve", fetch)
+    for draft, message in (("hub/vl", "vision-language"), ("hub/moe", "vocabulary of 2048 ids, .* for one of 384")):
+        with pytest.raises(InvalidRequestError, match=f"draft='{draft}'.*{message}"):
+            ErnieModel.from_pretrained("hub/model", device="cpu", draft=draft)
+    assert asked == ["hub/model", "hub/vl", "hub/model", "hub/moe"]
+    listed = tmp_path / "listed"
+    shutil.copytree(small_folder_path, listed)
+    (listed / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.norm.weight": "a.safetensors"}})
+    )
+    names["hub/listed"] = listed
+    with pytest.raises(UnsupportedError, match="draft='mtp' was asked for"):
+        ErnieModel.from_pretrained("hub/listed", device="cpu", draft="mtp")
+
+
+def test_without_room_for_the_draft_dropping_it_is_the_first_remedy() -> None:
+    options: dict[str, Any] = {"device": "cpu", "quantization": "int4", "max_batch": 1, "context_tokens": 1024}
+    alone = plan_memory(MOE, **options).peak_bytes
+    with pytest.raises(OutOfMemoryError, match=r"weights of draft= \d") as caught:
+        ErnieModel.from_pretrained(MOE, draft=MOE, memory=str(alone + 2**20), **options)
+    assert caught.value.hint.startswith("It fits without draft=.")
+
+
+@pytest.mark.parametrize(("name", "draft"), DRAFTS)
+@pytest.mark.parametrize("preset", ["auto", "int4"])
+def test_the_plan_by_name_is_that_of_the_loaded_model(name: str, draft: Draft, preset: str) -> None:
+    options: dict[str, Any] = {"device": "cpu", "quantization": preset, "draft": draft, "max_batch": 3}
+    planned = plan_memory(name, memory="1GiB", context_tokens=700, **options)
+    with ErnieModel.from_pretrained(name, memory="1GiB", context_tokens=700, progress=False, **options) as model:
+        assert dict(model.plan.parts) == dict(planned.parts)
+        assert (model.plan.loading_bytes, model.plan.peak_bytes) == (planned.loading_bytes, planned.peak_bytes)
+    if is_model(draft):
+        alone = plan_memory(name, memory="1GiB", context_tokens=700, **{**options, "draft": None})
+        assert planned.workspace_bytes > alone.workspace_bytes, "what a draft works with is counted beside the model's"
 
 
 def test_a_checkpoint_without_a_head_says_so() -> None:
     with pytest.raises(UnsupportedError, match=r"draft='mtp'.*mtp_linear_proj") as caught:
         ErnieModel.from_pretrained(DENSE, device="cpu", draft="mtp")
     assert "lookup" in caught.value.hint
-    with pytest.raises(UnsupportedError, match="not that of a text model"):
+    with pytest.raises(UnsupportedError, match="is not a text model"):
         ErnieModel.from_pretrained("ernie45/tiny-vl", device="cpu", draft="mtp")
 
 
@@ -199,8 +269,8 @@ def refusal(name: str | Path, draft: str | Path) -> ErnieError:
 def test_a_draft_with_other_tokens_is_refused(
     tmp_path: Path, small_folder_path: Path, make_checkpoint: Callable[..., Path]
 ) -> None:
-    sizes = refusal(DENSE, small_folder_path)
-    assert "tokenizer of" in sizes.message
+    sizes = refusal(DENSE, make_checkpoint(tmp_path / "wide", vocab_size=2048))
+    assert "tokenizer of 3" in sizes.message
     assert "same family" in sizes.hint
     swapped = Path(shutil.copytree(small_folder_path, tmp_path / "swapped"))
     config = json.loads((swapped / "tokenizer_config.json").read_text())

@@ -15,6 +15,7 @@ from ernie45 import ErnieModel, list_models, plan_memory
 from ernie45.catalogue import ModelInfo, built_in_folder
 from ernie45.catalogue import find as find_entry
 from ernie45.errors import InvalidRequestError, ModelNotFoundError, UnsupportedError
+from ernie45.kernels.library import native_library
 from ernie45.memory.budget import parse_limits
 from ernie45.memory.machine import host_bytes
 from ernie45.memory.placement import DeviceMemory
@@ -200,6 +201,72 @@ def test_a_gpu_that_is_not_here_can_be_planned_for_but_not_asked() -> None:
     with pytest.raises(UnsupportedError, match="not available"):
         usable_devices("cuda", parse_limits("5GiB"))
     assert plan("ERNIE-4.5-0.3B-PT", device="cuda", memory={"cuda": "8GiB"}).placement.devices == ("cuda:0",)
+
+
+# What guesses
+
+
+def test_a_draft_is_planned_by_name_without_torch_or_network() -> None:
+    script = IN_A_NEW_PROCESS.replace("device=", "draft=sys.argv[2], device=")
+    for draft in ("mtp", "lookup", "ERNIE-4.5-0.3B-PT"):
+        command = [sys.executable, "-c", script, "ERNIE-4.5-21B-A3B-PT", draft]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        verdict, modules = json.loads(run.stdout)
+        assert verdict == "fits"
+        assert {"torch", "transformers", "huggingface_hub"} & set(modules) == set()
+
+
+def test_what_a_draft_adds_at_21b() -> None:
+    options: dict[str, Any] = {"quantization": "int4", "context_tokens": 8192, "max_batch": 8}
+    alone, lookup, head, small = (
+        plan("ERNIE-4.5-21B-A3B-PT", draft=draft, **options) for draft in (None, "lookup", "mtp", "ERNIE-4.5-0.3B-PT")
+    )
+    assert lookup.weight_bytes == alone.weight_bytes
+    assert lookup.kv_bytes == alone.kv_bytes
+    assert head.kv_bytes == alone.kv_bytes * 29 // 28
+    values = 123_217_920 - 2560  # but for the last norm, which is the model's
+    assert values / 2 < head.parts["draft"] < values * 0.55, "int4, with scales"
+    waiting = (512 + 8) * 2560 * 2
+    assert head.workspace_bytes > lookup.workspace_bytes + waiting
+    draft = plan("ERNIE-4.5-0.3B-PT", **options)
+    assert small.parts["draft"] == draft.weight_bytes
+    assert small.kv_bytes == alone.kv_bytes + draft.kv_bytes
+    both = lookup.workspace_bytes + draft.workspace_bytes
+    angles = 8192 * 128 * 4
+    takes_turns = native_library() is not None
+    assert small.workspace_bytes == (lookup.workspace_bytes + angles if takes_turns else both)
+
+
+@pytest.mark.parametrize(
+    ("name", "draft", "error", "message"),
+    [
+        ("tiny-dense", 3, InvalidRequestError, "draft=3 names nothing"),
+        ("tiny-dense", "mtp", UnsupportedError, "draft='mtp' was asked for, but ernie45/tiny-dense has no tensor"),
+        ("tiny-vl", "mtp", UnsupportedError, "draft='mtp' was asked for, but ernie45/tiny-vl is not a text model"),
+        ("tiny-dense", "tiny-vl", InvalidRequestError, "draft='tiny-vl': .* vision-language"),
+        ("tiny-dense", "ERNIE-4.5-0.3B-PT", InvalidRequestError, "103424 ids, .* for one of 2048"),
+        ("tiny-dense", "ERNIE-4.5-0.3B-TP", ModelNotFoundError, r"draft='ERNIE-4\.5-0\.3B-TP': "),
+        ("tiny-dense", "./nowhere", ModelNotFoundError, "draft='./nowhere': there is no folder"),
+    ],
+)
+def test_a_draft_that_cannot_guess(name: str, draft: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        plan(name, draft=draft)
+
+
+def test_a_folder_with_the_head_counts_it_as_loading_does(tmp_path: Path) -> None:
+    config = {**QUANTISED, "use_bias": False, "num_nextn_predict_layers": 1}
+    folders = [write_checkpoint(tmp_path / "plain", random_pt(config, mtp=True), config, layout="pt")]
+    folders.append(tmp_path / "packed")
+    save_checkpoint(folders[0], folders[1], PRESETS["int4"], progress=False)
+    for folder in folders:
+        without = plan(folder).weight_bytes
+        for dtype in ("float32", "bfloat16"):
+            made = plan(folder, draft="mtp", dtype=dtype)
+            with ErnieModel.from_pretrained(folder, device="cpu", dtype=dtype, draft="mtp", progress=False) as model:
+                assert made.parts["draft"] == model.plan.parts["draft"] > 0
+                assert made.weight_bytes == model.plan.weight_bytes
+        assert plan(folder).weight_bytes == without < made.weight_bytes
 
 
 # Configs and folders

@@ -82,6 +82,21 @@ def test_pictures_are_seen_the_same(tmp_path: Path) -> None:
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int4", "none"])
+def test_a_saved_model_guesses_the_same(tmp_path: Path, quantization: str) -> None:
+    folder = saved("ernie45/tiny-moe", tmp_path / "out", quantization)
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    found = []
+    for path in ("ernie45/tiny-moe", folder):
+        with ErnieModel.from_pretrained(
+            path, quantization=quantization, device="cpu", progress=False, max_batch=1, draft="mtp"
+        ) as model:
+            usage = model.chat(messages, temperature=0).usage
+            found.append((model.plan.parts["draft"], usage.draft_tokens > 0))
+    assert found[0] == found[1]
+    assert found[0][1]
+
+
 def test_without_a_preset_a_pt_folder_is_saved(tmp_path: Path) -> None:
     folder = saved("ernie45/tiny-moe", tmp_path / "out", "none")
     assert "quantization_config" not in read_json(folder / "config.json")

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
 import math
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ernie45 import ErnieModel, InvalidRequestError, OutOfMemoryError, Prompt, scoring
+from ernie45.kernels.library import native_library
+from ernie45.memory.workspace import PREFILL_CHUNK_TOKENS, SCORED_ROWS
+from ernie45.runners.base import wait_until_ready
 from ernie45.runners.scripted import ScriptedRunner
+from ernie45.types.requests import TokenRequest
 
 IDS = [5, 30, 99, 7, 8, 200]
 
@@ -54,6 +60,39 @@ def test_a_prompt_of_many_chunks_is_scored_whole(long_model: ErnieModel) -> None
     score = long_model.score(ids)
     raw = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(score.logprobs), raw, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("preset", ["none", "int8"])
+def test_logits_of_few_rows_are_in_memory_at_a_time(preset: str) -> None:
+    ids = tuple((7 * n) % 300 for n in range(PREFILL_CHUNK_TOKENS + 40))
+    alive: list[weakref.ref[torch.Tensor]] = []
+    kept: list[torch.Tensor] = []
+
+    def look(logits: torch.Tensor) -> None:
+        assert all(earlier() is None for earlier in alive)
+        alive.append(weakref.ref(logits))
+        kept.append(logits.clone())
+
+    options: dict[str, Any] = {"quantization": preset, "dtype": "bfloat16", "context_tokens": 600}
+    with ErnieModel.from_pretrained("ernie45/tiny-dense", device="cpu", progress=False, **options) as model:
+        runner = model._loaded.runner
+        asked = TokenRequest(token_ids=ids, logit_positions=tuple(range(len(ids))), on_logits=look)
+        handle = runner.submit(asked)
+        wait_until_ready(handle)
+        handle.poll()
+        assert max(map(len, kept)) == SCORED_ROWS
+        assert torch.equal(model.logits(ids), torch.cat(kept))
+        if native_library() is not None:  # where rows do not depend on those beside them
+            whole = torch.cat(kept)
+            assert all(torch.equal(model.logits(ids, positions=[place])[0], whole[place]) for place in (0, 15, 530))
+
+
+def test_a_score_has_the_bits_of_logsumexp() -> None:
+    ids = [(7 * n) % 300 for n in range(200)]
+    with ErnieModel.from_pretrained("ernie45/tiny-dense", device="cpu", progress=False) as model:
+        logits = model.logits(ids)[:-1]
+        chosen = logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        assert list(model.score(ids).logprobs) == (chosen - logits.logsumexp(1)).tolist()
 
 
 def test_logits_that_would_not_fit_are_refused_before_the_model_runs(monkeypatch: pytest.MonkeyPatch) -> None:

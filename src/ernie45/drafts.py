@@ -2,111 +2,79 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from ernie45.backends.base import Backend
 from ernie45.backends.kv_cache import KVCache
-from ernie45.backends.mtp import PROJECTION
-from ernie45.backends.registry import BuildBackend
+from ernie45.backends.registry import BuildBackend, find_architecture
 from ernie45.backends.text import TextBackend, build_text
-from ernie45.checkpoint.read import TensorSource
+from ernie45.checkpoint.open import read_config
 from ernie45.engine.speculation.draft_model import DraftModel
 from ernie45.engine.speculation.lookup import PromptLookup
 from ernie45.engine.speculation.mtp import MtpProposer
 from ernie45.engine.speculation.proposer import Proposer
 from ernie45.engine.speculation.speculation import Speculation
-from ernie45.errors import InvalidRequestError, UnsupportedError
-from ernie45.memory.budget import DTYPE_BYTES, KVDtype, kv_bytes_per_token
+from ernie45.memory.budget import KVDtype
+from ernie45.memory.draft import (
+    MTP_PROJECTION,
+    Draft,
+    another,
+    check_draft_spec,
+    check_mtp,
+    is_model,
+    naming_draft,
+)
 from ernie45.memory.plan import MemoryPlan
-from ernie45.memory.sizing import DraftNeeds, PlanRequest
-from ernie45.spec import ModelSpec
-from ernie45.tokenizer import Tokenizer
+from ernie45.tokenizer import load_tokenizer
 from ernie45.types.placement import Placement
 
-Draft = str | os.PathLike[str] | None
-"""None guesses nothing, "lookup" copies from the prompt, "mtp" is the checkpoint's own head; else a model's name or
-folder."""
 
-_OWN = ("lookup", "mtp")
+def find_draft(draft: Draft, model_folder: Path, fetch: Callable[..., Path]) -> Path | None:
+    """The folder of a model that guesses for the one in `model_folder`; None for what guesses without one. `fetch` is
+    `resolve`, with its options. Configs and tokenizers of the two are compared before weights are fetched.
 
+    Raises InvalidRequestError where the ids of the two do not mean the same tokens, or the draft is not one of text
+    alone; and what `resolve` raises.
+    """
+    if draft is None or not is_model(draft):
+        return None
+    compared: list[Path] = []
 
-def check_draft(draft: object) -> None:
-    """Raises InvalidRequestError for what names nothing that guesses."""
-    if draft is not None and (not isinstance(draft, (str, os.PathLike)) or not str(draft).strip()):
-        raise InvalidRequestError(
-            f"draft={draft!r:.100} names nothing that guesses tokens",
-            hint='use "lookup", "mtp", the name or folder of a small model with the same tokenizer, or None',
-        )
+    def compare(folder: Path) -> None:
+        _check_draft_model(model_folder, folder)
+        compared.append(folder)
 
-
-def is_model(draft: Draft) -> bool:
-    """Whether it names a model of its own."""
-    return draft is not None and draft not in _OWN
-
-
-def check_mtp(build: BuildBackend, source: TensorSource, folder: Path) -> None:
-    """Raises UnsupportedError where the checkpoint in `folder` has no head for multi-token prediction, or is none of
-    the text models, whose head is read."""
-    if build is not build_text or f"{PROJECTION}.weight" not in source:
-        found = f"has no tensor '{PROJECTION}.weight'" if build is build_text else "is not that of a text model"
-        raise UnsupportedError(
-            f"draft='mtp' was asked for, but the checkpoint in {folder} {found}",
-            hint="the head comes with most text releases, but not with Thinking ones, nor with packed folders; "
-            'use draft="lookup", or a small model with the same tokenizer',
-        )
+    with naming_draft(draft):
+        folder = fetch(draft, check=compare)
+        if not compared:  # a folder that was not fetched
+            compare(folder)
+    return folder
 
 
-def check_draft_model(
-    spec: ModelSpec, tokenizer: Tokenizer | None, draft_spec: ModelSpec, draft_tokenizer: Tokenizer | None, folder: Path
-) -> None:
-    """Raises InvalidRequestError where the ids of the model in `folder` do not mean the same tokens, or it is not one
-    of text alone."""
-    hint = "use a smaller model of the same family, such as ERNIE-4.5-0.3B-PT for ERNIE-4.5-21B-A3B-PT"
-    if draft_spec.vision is not None:
-        raise InvalidRequestError(f"the draft in {folder} is a vision-language model, and reads text only", hint=hint)
-    if tokenizer is not None and draft_tokenizer is not None:
-        _check_tokenizers(tokenizer, draft_tokenizer, folder, hint)
-    sizes = spec.vocab_size, draft_spec.vocab_size
-    if sizes[0] != sizes[1]:
-        raise InvalidRequestError(
-            f"the draft in {folder} has a vocabulary of {sizes[1]} ids, the model one of {sizes[0]}", hint=hint
-        )
-
-
-def _check_tokenizers(tokenizer: Tokenizer, draft_tokenizer: Tokenizer, folder: Path, hint: str) -> None:
+def _check_draft_model(folder: Path, draft_folder: Path) -> None:
+    specs = []
+    for each in (folder, draft_folder):
+        config = read_config(each)
+        specs.append(find_architecture(config).parse_spec(config))
+    check_draft_spec(*specs)
+    tokenizer, draft_tokenizer = load_tokenizer(folder), load_tokenizer(draft_folder)
+    if tokenizer is None or draft_tokenizer is None:
+        return
     if tokenizer.size != draft_tokenizer.size:
-        raise InvalidRequestError(
-            f"the draft in {folder} has a tokenizer of {draft_tokenizer.size} tokens, the model one of "
-            f"{tokenizer.size}",
-            hint=hint,
-        )
+        raise another(f"tokenizer of {draft_tokenizer.size} tokens", f"one of {tokenizer.size}")
     for token_id in range(tokenizer.size):
-        tokens = tokenizer.token_text(token_id), draft_tokenizer.token_text(token_id)
+        tokens = draft_tokenizer.token_text(token_id), tokenizer.token_text(token_id)
         if tokens[0] != tokens[1]:
-            raise InvalidRequestError(
-                f"the draft in {folder} has another tokenizer: id {token_id} is {tokens[1]!r} there, and {tokens[0]!r} "
-                "in the model",
-                hint=hint,
-            )
+            raise another(f"tokenizer whose id {token_id} is {tokens[0]!r}", f"one where that is {tokens[1]!r}")
 
 
-def draft_needs(draft: Draft, request: PlanRequest) -> DraftNeeds | None:
-    """What guessing takes beside the model of `request`, for a draft that is no model of its own."""
-    if draft != "mtp":
-        return None if draft is None else DraftNeeds()
-    return DraftNeeds(
-        kv_token_bytes=_kv_token_bytes(request.spec, request.dtype, request.kv_dtype) // request.spec.num_layers
-    )
-
-
-def model_needs(spec: ModelSpec, plan: MemoryPlan, kv_dtype: KVDtype) -> DraftNeeds:
-    """What guessing takes with the model of `spec`, planned as `plan`."""
-    return DraftNeeds(weight_bytes=plan.weight_bytes, kv_token_bytes=_kv_token_bytes(spec, plan.dtype, kv_dtype))
-
-
-def _kv_token_bytes(spec: ModelSpec, dtype: str, kv_dtype: KVDtype) -> int:
-    return kv_bytes_per_token(spec, bytes_per_value=DTYPE_BYTES[dtype], kv_dtype=kv_dtype)
+def check_head(draft: Draft, build: BuildBackend, names: Collection[str] | None, folder: Path) -> None:
+    """Raises UnsupportedError for draft="mtp" where the checkpoint in `folder`, of tensors with these `names` if they
+    are known, has no such head, or is none of the text models."""
+    if draft == "mtp":
+        has_head = names is None or any(MTP_PROJECTION in name for name in names)
+        check_mtp(is_text=build is build_text, has_head=has_head, model=f"the model in {folder}")
 
 
 def build_speculation(

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 
 from ernie45.backends.base import Backend, BuildOptions
+from ernie45.backends.compiled import compile_layers
 from ernie45.backends.registry import Architecture, find_architecture
 from ernie45.checkpoint.adapter import AdaptedSource, Adapter, read_adapter
 from ernie45.checkpoint.gptq_config import read_gptq_config
+from ernie45.checkpoint.headers import read_weight_map
 from ernie45.checkpoint.open import Checkpoint, open_checkpoint, open_source, open_survey, read_config
 from ernie45.checkpoint.origin import Origin
 from ernie45.checkpoint.passing_thread import on_passing_thread
@@ -23,28 +26,20 @@ from ernie45.checkpoint.progress import byte_progress
 from ernie45.checkpoint.resolve import resolve
 from ernie45.checkpoint.survey import HeaderSurvey
 from ernie45.devices import check_dtype_name, choose_device, choose_dtype
-from ernie45.drafts import (
-    Draft,
-    build_speculation,
-    check_draft,
-    check_draft_model,
-    check_mtp,
-    draft_needs,
-    is_model,
-    model_needs,
-)
+from ernie45.drafts import build_speculation, check_head, find_draft
 from ernie45.engine.speculation.speculation import Speculation
 from ernie45.errors import InvalidRequestError, ModelNotFoundError, UnsupportedError
 from ernie45.kernels.bitsandbytes import check_bitsandbytes
 from ernie45.memory.budget import DTYPE_BYTES, KVDtype, MemoryLimit, check_kv_dtype, parse_limits
+from ernie45.memory.draft import Draft, check_draft, naming_draft
 from ernie45.memory.estimate import estimate_sites
 from ernie45.memory.machine import host_bytes
 from ernie45.memory.placement import DeviceMemory, within_host
 from ernie45.memory.plan import MemoryPlan
 from ernie45.memory.planner import choose_preset, make_plan
 from ernie45.memory.remedies import refusal
-from ernie45.memory.sizing import PlanRequest
-from ernie45.planning import has_native_kernels, settle_preset, stored_preset, usable_devices
+from ernie45.memory.sizing import DraftNeeds, PlanRequest
+from ernie45.planning import draft_preset, has_native_kernels, settle_preset, stored_preset, usable_devices
 from ernie45.presets import PRESETS, QuantPreset, WeightPart, find_preset
 from ernie45.prompting import VisionInput
 from ernie45.prompting.vision_input import read_vision_input
@@ -96,6 +91,7 @@ class LoadOptions:
     max_batch: int | None
     kv_dtype: KVDtype
     prefix_cache: bool
+    compile: bool
     draft: Draft
     adapter: str | os.PathLike[str] | None
     max_pixels: int | None
@@ -120,19 +116,11 @@ def load(name_or_path: str | os.PathLike[str], options: LoadOptions) -> LoadedMo
     lora = None if options.adapter is None else read_adapter(_adapter_folder(options.adapter))
     clock = StageClock()
     with clock.stage("find"):
-        folder = resolve(
-            name_or_path,
-            revision=options.revision,
-            cache_dir=options.cache_dir,
-            local_files_only=options.local_files_only,
-            token=options.token,
-            progress=options.progress,
-            check=lambda folder: _check_config(folder, str(name_or_path), options, devices=devices),
-        )
-        draft_folder = _draft_folder(options)
+        folder, draft_folder = _find(name_or_path, options, devices)
     with clock.stage("check"):
         draft = None if draft_folder is None else _check_draft_model(draft_folder, options, devices)
         checked = _check(folder, str(name_or_path), options, devices=devices, adapter=lora, draft=draft)
+        _check_plan(checked.dry.plan, options)
     return _load_checked(checked, draft, str(name_or_path), options, clock)
 
 
@@ -171,14 +159,10 @@ def _check(
     vision = _vision_input(folder, spec, options, device)
     stored = spec.dtype or checkpoint.index.main_dtype
     request = _request(name, config, spec, options, devices=devices, stored_dtype=stored, vision=vision)
-    if draft is None:
-        needs = draft_needs(options.draft, request)
-    else:
-        needs = model_needs(draft.checkpoint.spec, draft.dry.plan, options.kv_dtype)
-    request = replace(request, draft=needs)
+    request = replace(request, draft=_draft_needs(options, draft))
+    check_head(options.draft, architecture.build, checkpoint.index.tensors, folder)
     dry = _dry_build(architecture, checkpoint, adapter, request, mtp=options.draft == "mtp")
     ignored = checkpoint.account_for(dry.survey.unread())
-    _check_plan(dry.plan, options)
     return _Checked(
         architecture=architecture,
         checkpoint=checkpoint,
@@ -195,18 +179,14 @@ def _check(
 def _load_checked(
     checked: _Checked, draft: _Checked | None, name: str, options: LoadOptions, clock: StageClock
 ) -> LoadedModel:
-    checkpoint, dry, plan = checked.checkpoint, checked.dry, checked.dry.plan
-    spec = checkpoint.spec
+    checkpoint, spec, dry, plan = checked.checkpoint, checked.checkpoint.spec, checked.dry, checked.dry.plan
     with clock.stage("tokenizer"):
         tokenizer, template = load_text_side(checkpoint.folder, spec)
-        if draft is not None:
-            draft_tokenizer, _ = load_text_side(draft.checkpoint.folder, draft.checkpoint.spec)
-            check_draft_model(spec, tokenizer, draft.checkpoint.spec, draft_tokenizer, draft.checkpoint.folder)
-    with clock.stage("weights"):
-        backend = _build(checked, show=options.progress)
-        draft_backend = None if draft is None else _build(_beside(draft, plan), show=options.progress)
-        speculation = build_speculation(options.draft, backend, draft_backend, plan, options.kv_dtype)
+    backend = _build(checked, options, clock)
+    with naming_draft(options.draft):
+        draft_backend = None if draft is None else _build(_beside(draft, plan), options, clock)
     with clock.stage("engine"):
+        speculation = build_speculation(options.draft, backend, draft_backend, plan, options.kv_dtype)
         runner = LocalRunner(
             backend,
             num_slots=plan.max_batch,
@@ -284,8 +264,10 @@ def _request(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _DryBuild:
-    """What a build without weights found: the tensors it asked for, their bytes by part, and the plan with these."""
+    """What a build without weights found: the tensors it asked for, their bytes by part, and the plan with these, whose
+    `request` has no more open preset."""
 
+    request: PlanRequest
     survey: HeaderSurvey
     weights: Mapping[WeightPart, int]
     options: BuildOptions
@@ -302,8 +284,6 @@ def _dry_build(
 ) -> _DryBuild:
     """Build on the "meta" device: raises whatever would stop the real build."""
     source, survey = open_survey(checkpoint, adapter)
-    if mtp:
-        check_mtp(architecture.build, source, checkpoint.folder)
     request = replace(request, has_own_head="lm_head.weight" in source or request.spec.tied is False)
     if not architecture.follows_options:
         request = replace(request, preset=PRESETS["none"], devices=request.devices[:1])
@@ -319,42 +299,54 @@ def _dry_build(
     weights = architecture.build(request.spec, source, options).weight_bytes
     if isinstance(source, AdaptedSource):
         source.check_all_merged()
-    plan = make_plan(replace(request, preset=preset, weights=weights))
+    request = replace(request, preset=preset, weights=weights)
+    plan = make_plan(request)
     options = replace(options, placement=plan.placement, context_tokens=plan.context_tokens)
-    return _DryBuild(survey=survey, weights=weights, options=options, plan=plan)
+    return _DryBuild(request=request, survey=survey, weights=weights, options=options, plan=plan)
 
 
-def _draft_folder(options: LoadOptions) -> Path | None:
-    """Where the model that guesses lies, downloaded where need be."""
-    if options.draft is None or not is_model(options.draft):
-        return None
-    return resolve(
-        options.draft,
-        revision=None,
+def _find(
+    name_or_path: str | os.PathLike[str], options: LoadOptions, devices: tuple[DeviceMemory, ...]
+) -> tuple[Path, Path | None]:
+    """The folders of the model and of one that guesses, downloaded where need be. What configs and tokenizers tell is
+    checked before the weights of either are fetched."""
+    fetch = partial(
+        resolve,
         cache_dir=options.cache_dir,
         local_files_only=options.local_files_only,
         token=options.token,
         progress=options.progress,
-        check=lambda folder: None,
     )
+    drafts: dict[Path, Path | None] = {}
+
+    def check(folder: Path) -> None:
+        _check_config(folder, str(name_or_path), options, devices=devices)
+        drafts[folder] = find_draft(options.draft, folder, fetch)
+
+    folder = fetch(name_or_path, revision=options.revision, check=check)
+    return folder, drafts[folder] if folder in drafts else find_draft(options.draft, folder, fetch)
+
+
+def _draft_needs(options: LoadOptions, draft: _Checked | None = None) -> DraftNeeds | None:
+    if options.draft is None:
+        return None
+    return DraftNeeds(model=None if draft is None else draft.dry.request, mtp=options.draft == "mtp")
 
 
 def _check_draft_model(folder: Path, options: LoadOptions, devices: tuple[DeviceMemory, ...]) -> _Checked:
-    """A model that guesses. It has the preset that was asked for; on a CPU "auto" is int8, since nothing but speed
-    depends on its quality."""
-    quantization = "int8" if options.quantization == "auto" and devices[0].kind == "cpu" else options.quantization
-    if stored_preset(read_config(folder)) is not None:
-        quantization = "none"  # as it is stored
-    options = replace(
-        options,
-        draft=None,
-        quantization=quantization,
-        context_tokens=None,
-        max_batch=1,
-        max_pixels=None,
-        media_limits=None,
-    )
-    return _check(folder, str(folder), options, devices=devices[:1], adapter=None)
+    """A model that guesses. Whether there is room for it, the plan of the other says, which counts it."""
+    with naming_draft(options.draft):
+        asked, stored = find_preset(options.quantization), stored_preset(read_config(folder))
+        options = replace(
+            options,
+            draft=None,
+            quantization=draft_preset(asked, devices[0], stored) or "auto",
+            context_tokens=None,
+            max_batch=1,
+            max_pixels=None,
+            media_limits=None,
+        )
+        return _check(folder, str(folder), options, devices=devices[:1], adapter=None)
 
 
 def _beside(draft: _Checked, plan: MemoryPlan) -> _Checked:
@@ -368,18 +360,17 @@ def _beside(draft: _Checked, plan: MemoryPlan) -> _Checked:
     return replace(draft, dry=replace(draft.dry, options=options))
 
 
-def _build(checked: _Checked, *, show: bool) -> Backend:
-    """Read the weights, and check that they are what was planned."""
-    checkpoint, dry = checked.checkpoint, checked.dry
-    preset = dry.options.preset
+def _build(checked: _Checked, options: LoadOptions, clock: StageClock) -> Backend:
+    """Read the weights, check that they are what was planned, and compile the layers."""
+    checkpoint, dry, build = checked.checkpoint, checked.dry, checked.architecture.build
+    preset, adapter = dry.options.preset, checked.adapter
     if {"nf4", "bnb-int8"} & {preset.experts, preset.linear}:
         for name in dry.plan.placement.devices:
             check_bitsandbytes(torch.device(name))
-    with byte_progress(f"Loading {checkpoint.folder.name}", dry.survey.read_bytes, show=show) as advance:
+    loading = f"Loading {checkpoint.folder.name}"
+    with clock.stage("weights"), byte_progress(loading, dry.survey.read_bytes, show=options.progress) as advance:
         backend = on_passing_thread(
-            lambda advance: checked.architecture.build(
-                checkpoint.spec, open_source(checkpoint, checked.adapter, advance=advance), dry.options
-            ),
+            lambda advance: build(checkpoint.spec, open_source(checkpoint, adapter, advance=advance), dry.options),
             advance,
         )
     if Counter(backend.weight_bytes) != Counter(dry.weights):
@@ -387,6 +378,8 @@ def _build(checked: _Checked, *, show: bool) -> Backend:
             f"a bug in {type(backend).__module__}.{type(backend).__qualname__}, please report it: the weights of "
             f"{checkpoint.folder} take {dict(backend.weight_bytes)} bytes, but on the 'meta' device {dict(dry.weights)}"
         )
+    if options.compile:
+        compile_layers(backend, dry.options.placement, clock, show=options.progress)
     return backend
 
 
@@ -411,11 +404,13 @@ def _check_config(folder: Path, name: str, options: LoadOptions, *, devices: tup
     architecture = find_architecture(config)
     spec = architecture.parse_spec(config)
     _check_preset(architecture, spec, options)
+    check_head(options.draft, architecture.build, read_weight_map(folder), folder)
     if not architecture.follows_options:  # what it takes, only a build shows
         return
     vision = _vision_input(folder, spec, options, torch.device(devices[0].name))
     stored = spec.dtype or "bfloat16"
     request = _request(name, config, spec, options, devices=devices, stored_dtype=stored, vision=vision)
+    request = replace(request, draft=_draft_needs(options))
     if read_gptq_config(config) is not None and request.preset is not None:  # its scales may be smaller than ours
         sites = estimate_sites(
             spec, request.preset, bytes_per_value=DTYPE_BYTES[request.dtype], has_own_head=request.has_own_head

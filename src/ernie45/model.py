@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, final
 from typing_extensions import Self, Unpack
 
 from ernie45.dispatch import Dispatcher
-from ernie45.drafts import Draft
 from ernie45.errors import InvalidRequestError, UnsupportedError
 from ernie45.loading import LoadedModel, LoadOptions, load
 from ernie45.memory.budget import KVDtype, MemoryLimit
+from ernie45.memory.draft import Draft
 from ernie45.memory.plan import MemoryPlan
 from ernie45.options import RequestMaker, checked_items, naming
 from ernie45.planning import measured
@@ -90,6 +90,7 @@ class ErnieModel:
         max_batch: int | None = None,
         kv_dtype: KVDtype = "auto",
         prefix_cache: bool = True,
+        compile: bool = True,
         draft: Draft = None,
         adapter: str | os.PathLike[str] | None = None,
         max_pixels: int | None = None,
@@ -111,11 +112,10 @@ class ErnieModel:
             context_tokens: longest prompt + reply in tokens; None is 8192, the model's maximum or what fits.
             max_batch: how many requests run at a time, others wait; None is 32 or what fits.
             kv_dtype: of the KV cache; "auto" is the model's dtype, "int8" takes about half of that.
-            prefix_cache: whether a prompt takes over what the KV cache still holds of one that began like it. It needs
-                no memory of its own; of old prompts and replies, keys and values stay there until overwritten.
-            draft: what guesses tokens, so that one step may check several: "lookup" copies from the prompt, "mtp" is
-                the checkpoint's own head, a name or folder loads a small model with the same tokenizer. Replies stay
-                the same, and a sequence stops guessing where that loses time.
+            prefix_cache: whether a prompt takes over what the KV cache still holds of one that began like it.
+            compile: on a CUDA GPU, whether layers go through torch.compile; for a few replies False is quicker.
+            draft: what guesses tokens, several of which a step checks; replies stay the same. "lookup" copies from the
+                prompt, "mtp" is the checkpoint's own head, a name or folder loads a model with the same tokenizer.
             adapter: folder of a LoRA adapter that PEFT saved; it is merged into the weights while they are read.
             max_pixels: most pixels a picture is resized to (a frame of a clip at most to the checkpoint's own limit);
                 None is the checkpoint's, on a CPU 802,816 (`preview` says what a picture costs).
@@ -141,6 +141,7 @@ class ErnieModel:
             max_batch=max_batch,
             kv_dtype=kv_dtype,
             prefix_cache=prefix_cache,
+            compile=compile,
             draft=draft,
             adapter=adapter,
             max_pixels=max_pixels,

@@ -27,12 +27,13 @@ from ernie45.memory.budget import (
     check_kv_dtype,
     parse_limits,
 )
+from ernie45.memory.draft import MTP_PROJECTION, Draft, check_draft, check_draft_spec, check_mtp, is_model, naming_draft
 from ernie45.memory.estimate import PartBytes, stored_weights
 from ernie45.memory.machine import has_cuda_driver, host_bytes
 from ernie45.memory.placement import DeviceMemory
 from ernie45.memory.plan import MemoryPlan
-from ernie45.memory.planner import make_plan, with_speed
-from ernie45.memory.sizing import PlanRequest
+from ernie45.memory.planner import choose_preset, make_plan, with_speed
+from ernie45.memory.sizing import DraftNeeds, PlanRequest
 from ernie45.presets import PRESETS, QuantPreset, find_preset
 from ernie45.spec import DTYPE_NAMES, DtypeName, ModelSpec, parse_spec
 
@@ -68,6 +69,7 @@ def plan_memory(
     context_tokens: int | None = None,
     max_batch: int | None = None,
     kv_dtype: KVDtype = "auto",
+    draft: Draft = None,
 ) -> MemoryPlan:
     """What a model would take in memory, and whether it fits, before anything is fetched or read.
 
@@ -77,36 +79,80 @@ def plan_memory(
     Raises:
         ModelNotFoundError: no such name or folder.
         CheckpointError: a config or folder that cannot be read.
-        UnsupportedError: a device or dtype that is unknown, or weights whose quantisation is not read.
-        InvalidRequestError: an argument of the wrong kind or range.
+        UnsupportedError: a device or dtype that is unknown, weights whose quantisation is not read, or draft="mtp" and
+            no such head.
+        InvalidRequestError: an argument of the wrong kind or range, or a draft that cannot guess for this model.
     """
+    check_draft(draft)
     preset = find_preset(quantization)
     check_kv_dtype(kv_dtype)
     limits = parse_limits(memory)
     devices = usable_devices(device, limits)
     model = _describe(name_or_path)
+    request = _request(model, preset, dtype=dtype, kv_dtype=kv_dtype, devices=devices, mtp=draft == "mtp")
+    request = replace(request, context_tokens=context_tokens, max_batch=max_batch, free_disk_bytes=limits.disk_bytes)
+    if draft == "mtp":
+        check_mtp(is_text=model.spec.vision is None, has_head=_has_mtp(model), model=model.name)
+    if draft is not None:
+        request = replace(request, draft=_draft_needs(draft, preset, request, dtype=dtype))
+    return measured(make_plan(request))
+
+
+def _request(
+    model: _Model,
+    preset: QuantPreset | None,
+    *,
+    dtype: str,
+    kv_dtype: KVDtype,
+    devices: tuple[DeviceMemory, ...],
+    mtp: bool = False,
+) -> PlanRequest:
+    """What there is to plan, with context and batch open and nothing that guesses; `mtp` is whether that counts weights
+    that are stored quantised of the head for multi-token prediction."""
     planned, notes = _planned_dtype(dtype, model.dtype, devices[0])
-    plan = make_plan(
-        PlanRequest(
-            model=model.name,
-            spec=model.spec,
-            preset=settle_preset(preset, model.stored),
-            dtype=planned,
-            kv_dtype=kv_dtype,
-            context_tokens=context_tokens,
-            max_batch=max_batch,
-            devices=devices,
-            has_own_head=model.has_own_head,
-            free_disk_bytes=limits.disk_bytes,
-            stored_dtype=model.dtype,
-            weights=_stored_weights(model, DTYPE_BYTES[planned]),
-            max_pixels=_max_pixels(model, on_cpu=devices[0].kind == "cpu"),
-            is_stored_quantised=model.stored is not None,
-            native=has_native_kernels(devices, model.stored),
-            notes=(*model.notes, *notes),
-        )
+    return PlanRequest(
+        model=model.name,
+        spec=model.spec,
+        preset=settle_preset(preset, model.stored),
+        dtype=planned,
+        kv_dtype=kv_dtype,
+        context_tokens=None,
+        max_batch=None,
+        devices=devices,
+        has_own_head=model.has_own_head,
+        stored_dtype=model.dtype,
+        weights=_stored_weights(model, DTYPE_BYTES[planned], mtp=mtp),
+        max_pixels=_max_pixels(model, on_cpu=devices[0].kind == "cpu"),
+        is_stored_quantised=model.stored is not None,
+        native=has_native_kernels(devices, model.stored),
+        notes=(*model.notes, *notes),
     )
-    return measured(plan)
+
+
+def _draft_needs(draft: Draft, preset: QuantPreset | None, model: PlanRequest, *, dtype: str) -> DraftNeeds:
+    if draft is None or not is_model(draft):
+        return DraftNeeds(mtp=draft == "mtp")
+    with naming_draft(draft):
+        described = _describe(draft)
+        check_draft_spec(model.spec, described.spec)
+        asked = draft_preset(preset, model.devices[0], described.stored)
+        request = _request(described, asked, dtype=dtype, kv_dtype=model.kv_dtype, devices=model.devices[:1])
+        return DraftNeeds(model=replace(request, preset=request.preset or choose_preset(request)))
+
+
+def draft_preset(asked: QuantPreset | None, device: DeviceMemory, stored: QuantPreset | None) -> QuantPreset | None:
+    """Of a model that guesses on `device`, where `asked` is that of the model it guesses for: the same, unless its
+    files are `stored` quantised. An open one becomes int8 on a CPU: only speed depends on a draft's quality."""
+    if stored is not None:
+        return PRESETS["none"]
+    return PRESETS["int8"] if asked is None and device.kind == "cpu" else asked
+
+
+def _has_mtp(model: _Model) -> bool:
+    """Whether there is a head for multi-token prediction: as the files say, else the config."""
+    if model.index is None:
+        return model.spec.num_mtp_layers > 0
+    return any(MTP_PROJECTION in name for name in model.index.tensors)
 
 
 def measured(plan: MemoryPlan) -> MemoryPlan:
@@ -267,12 +313,12 @@ def _from_folder(folder: Path) -> _Model:
     )
 
 
-def _stored_weights(model: _Model, bytes_per_value: int) -> PartBytes | None:
+def _stored_weights(model: _Model, bytes_per_value: int, *, mtp: bool) -> PartBytes | None:
     """What files that are quantised already hold; the estimate is exact for others."""
     if model.index is None or model.stored is None:
         return None
     return stored_weights(
-        model.index, bytes_per_value=bytes_per_value, has_own_head=model.has_own_head, gptq=model.gptq
+        model.index, bytes_per_value=bytes_per_value, has_own_head=model.has_own_head, gptq=model.gptq, mtp=mtp
     )
 
 

@@ -4,11 +4,13 @@ does not depend on the form in which this processor keeps the weights."""
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ernie45.backends.base import BuildOptions
+from ernie45.backends.mtp import PROJECTION
 from ernie45.backends.registry import find_architecture
 from ernie45.checkpoint.adapter import Adapter
 from ernie45.checkpoint.open import open_checkpoint, read_config
@@ -16,6 +18,7 @@ from ernie45.checkpoint.origin import Origin
 from ernie45.checkpoint.packing import PackPlan, plan_packing, write_packed
 from ernie45.checkpoint.passing_thread import on_passing_thread
 from ernie45.checkpoint.progress import byte_progress
+from ernie45.checkpoint.read import TensorSource
 from ernie45.checkpoint.write import DEFAULT_SHARD_BYTES, destination_folder
 from ernie45.errors import UnsupportedError
 from ernie45.presets import QuantPreset
@@ -46,6 +49,7 @@ def save_checkpoint(
     """Write the checkpoint in `source` with a preset, and an adapter merged, to a new or empty folder. Returns what was
     written.
 
+    The head for multi-token prediction is written where there is one, whether the model was loaded with it or not.
     `dtype` is what a model computes in: matrices are rounded to it before they are quantised, and adapted tensors are
     stored in it. None is the checkpoint's.
 
@@ -64,12 +68,17 @@ def save_checkpoint(
         preset=preset,
         context_tokens=1,
     )
+
+    def build(tensors: TensorSource) -> object:
+        mtp = f"{PROJECTION}.weight" in tensors
+        return architecture.build(spec, tensors, replace(options, mtp=mtp))
+
     plan = on_passing_thread(
         lambda advance: plan_packing(
             checkpoint,
             config,
             preset,
-            build=lambda tensors: architecture.build(spec, tensors, options),
+            build=build,
             dtype=options.dtype,
             adapter=adapter,
             max_shard_bytes=max_shard_bytes,

@@ -1,9 +1,9 @@
-"""What a model thinks of a given text: raw logits and log-probabilities, read from scoring requests."""
+"""What a model thinks of a given text: raw logits and log-probabilities, from scoring requests."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,9 +35,13 @@ def prompt_logits(runner: Runner, prompt: Prompt, positions: Sequence[int] | Non
         return torch.empty((0, vocab_size), dtype=torch.float32, device="cpu")
     result = torch.empty((len(ascending), vocab_size), dtype=torch.float32, device="cpu")
     filled = 0
-    for logits in _scoring_chunks(runner, prompt, ascending):
+
+    def keep(logits: Tensor) -> None:
+        nonlocal filled
         result[filled : filled + len(logits)] = logits
         filled += len(logits)
+
+    _score(runner, prompt, ascending, keep)
     if list(asked) == ascending:
         return result
     row_of = {position: row for row, position in enumerate(ascending)}
@@ -62,10 +66,16 @@ def prompt_score(runner: Runner, prompt: Prompt) -> Score:
         )
     following = torch.tensor(prompt.token_ids[1:], device="cpu")
     logprobs: list[float] = []
-    for logits in _scoring_chunks(runner, prompt, range(len(prompt) - 1)):
+
+    def add(logits: Tensor) -> None:
+        logits = logits.cpu()
         next_ids = following[len(logprobs) : len(logprobs) + len(logits), None]
-        chosen = logits.gather(1, next_ids)[:, 0] - logits.logsumexp(1)
-        logprobs += chosen.tolist()
+        chosen, largest = logits.gather(1, next_ids)[:, 0], logits.amax(1, keepdim=True)
+        # logsumexp in place: nothing else of a step is as large as its logits.
+        totals = logits.sub_(largest).exp_().sum(1).log_() + largest[:, 0]
+        logprobs.extend((chosen - totals).tolist())
+
+    _score(runner, prompt, range(len(prompt) - 1), add)
     return Score(
         token_ids=prompt.token_ids,
         logprobs=tuple(logprobs),
@@ -73,19 +83,16 @@ def prompt_score(runner: Runner, prompt: Prompt) -> Score:
     )
 
 
-def _scoring_chunks(runner: Runner, prompt: Prompt, positions: Sequence[int]) -> Iterator[Tensor]:
-    """Logits of ascending `positions`, a chunk of the prompt at a time, on the CPU."""
+def _score(runner: Runner, prompt: Prompt, positions: Sequence[int], on_logits: Callable[[Tensor], None]) -> None:
+    """Run the prompt, with the logits of ascending `positions` to `on_logits`, a few at a time."""
     handle = runner.submit(
-        TokenRequest(token_ids=prompt.token_ids, media=prompt.media, logit_positions=tuple(positions))
+        TokenRequest(
+            token_ids=prompt.token_ids, media=prompt.media, logit_positions=tuple(positions), on_logits=on_logits
+        )
     )
     try:
-        while True:
-            while (event := handle.poll()) is None:
-                wait_until_ready(handle)
-            if event.logits is not None:
-                yield event.logits.cpu()
-            if event.finish_reason is not None:
-                return
+        while handle.poll() is None:
+            wait_until_ready(handle)
     finally:
         handle.cancel()
 

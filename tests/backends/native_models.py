@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ernie45.backends.base import BuildOptions
-from ernie45.backends.kv_cache import Int8Store, KVCache
+from ernie45.backends.kv_cache import DenseStore, Int8Store, KVCache
 from ernie45.backends.native_stage import NativeStage
 from ernie45.backends.text import TextBackend, build_text
 from ernie45.engine.batches import Run, text_batch
@@ -20,6 +20,7 @@ from ernie45.spec import ModelSpec
 from ernie45.types.placement import Placement
 from tests.backends.test_placement import Stored
 from tests.backends.test_text import EXPERTS, spec
+from tests.kernels.kv_blocks import keys_from_blocks, values_from_blocks
 
 CONTEXT_TOKENS = 96
 NUM_SLOTS = 4
@@ -62,14 +63,16 @@ class Model:
         return self.backend.forward(text_batch(rows, self.cache, self.backend.device)).logits
 
     def kept(self, slot: int, num_tokens: int) -> list[Tensor]:
-        """What the cache holds of a slot's tokens, as it is stored."""
+        """What the native layers' cache holds of a slot's tokens."""
         stored = []
-        for store in (*self.cache.keys, *self.cache.values):
-            if isinstance(store, Int8Store):
-                stored += [store.codes[slot, :, :num_tokens], store.scales[slot, :, :num_tokens]]
-            else:
-                stored.append(store.read(slot, num_tokens))
-        return [tensor.clone() for tensor in stored]
+        for stores, in_order in ((self.cache.keys, keys_from_blocks), (self.cache.values, values_from_blocks)):
+            for store in stores:
+                if isinstance(store, Int8Store):
+                    stored += [in_order(store.codes[slot]), store.scales[slot]]
+                else:
+                    assert isinstance(store, DenseStore)
+                    stored.append(in_order(store.x[slot]))
+        return [tensor[:, :num_tokens].clone() for tensor in stored]
 
 
 def build(shape: ModelSpec, preset: str, *, dtype: torch.dtype = torch.bfloat16, kv_dtype: KVDtype = "auto") -> Model:

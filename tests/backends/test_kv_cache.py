@@ -11,7 +11,7 @@ from torch import Tensor
 from ernie45 import ErnieModel
 from ernie45.backends.kv_cache import DenseStore, Int8Store, KVCache
 from ernie45.kernels.linear import packs
-from ernie45.memory.budget import KVDtype, kv_bytes_per_token
+from ernie45.memory.budget import KVDtype, kv_bytes_per_token, slot_tokens
 from ernie45.spec import ModelSpec
 from ernie45.testing import task_names, tasks
 from ernie45.types.placement import Placement
@@ -21,12 +21,21 @@ CPU = torch.device("cpu")
 
 
 def allocate(
-    kv_dtype: KVDtype, *, shape: ModelSpec | None = None, num_slots: int = 3, dtype: torch.dtype = torch.float32
+    kv_dtype: KVDtype,
+    *,
+    shape: ModelSpec | None = None,
+    num_slots: int = 3,
+    context_tokens: int = 64,
+    dtype: torch.dtype = torch.float32,
 ) -> KVCache:
     shape = shape or spec()
-    placement = Placement.on("cpu", shape.num_layers)
     return KVCache.allocate(
-        shape, num_slots=num_slots, context_tokens=64, dtype=dtype, kv_dtype=kv_dtype, placement=placement
+        shape,
+        num_slots=num_slots,
+        context_tokens=context_tokens,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        placement=Placement.on("cpu", shape.num_layers),
     )
 
 
@@ -57,18 +66,18 @@ def test_what_is_written_is_read_in_its_layer_and_slot(kv_dtype: KVDtype) -> Non
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
-def test_a_prefix_is_copied_bit_by_bit_in_every_layer_and_nothing_else(kv_dtype: KVDtype) -> None:
-    cache = allocate(kv_dtype)
-    for layer in (0, 1):
-        for slot in (0, 1, 2):
-            write(cache, slot, *random_heads(9, seed=10 * layer + slot), layer=layer)
-    before = {(layer, slot): [x.clone() for x in cache.read(layer, slot, 9)] for layer in (0, 1) for slot in (0, 1, 2)}
-    cache.copy_prefix(2, 0, 6, start=2)
+def test_a_prefix_is_copied_bit_by_bit_in_every_layer_and_nothing_but_its_blocks(kv_dtype: KVDtype) -> None:
+    cache = allocate(kv_dtype, context_tokens=128)
+    places = [(layer, slot) for layer in (0, 1) for slot in (0, 1, 2)]
+    for layer, slot in places:
+        write(cache, slot, *random_heads(128, seed=10 * layer + slot), layer=layer)
+    before = {place: [x.clone() for x in cache.read(*place, 128)] for place in places}
+    cache.copy_prefix(2, 0, 70, start=40)
     for (layer, slot), expected in before.items():
-        for now, own, copied in zip(cache.read(layer, slot, 9), expected, before[layer, 2], strict=True):
-            assert torch.equal(now[:, :2], own[:, :2])
-            assert torch.equal(now[:, 2:6], (copied if slot == 0 else own)[:, 2:6])
-            assert torch.equal(now[:, 6:], own[:, 6:])
+        for now, own, copied in zip(cache.read(layer, slot, 128), expected, before[layer, 2], strict=True):
+            assert torch.equal(now[:, :32], own[:, :32])
+            assert torch.equal(now[:, 32:96], (copied if slot == 0 else own)[:, 32:96])
+            assert torch.equal(now[:, 96:], own[:, 96:])
     cache.copy_prefix(1, 0, 4)
     assert torch.equal(cache.read(1, 0, 4)[0], before[1, 1][0][:, :4])
 
@@ -128,7 +137,7 @@ def test_what_is_not_finite_still_shows(value: float) -> None:
                                                  ("int8", torch.float32), ("int8", torch.bfloat16)])  # fmt: skip
 def test_it_takes_the_bytes_that_the_plan_counts(kv_dtype: KVDtype, dtype: torch.dtype) -> None:
     shape = spec(num_hidden_layers=3)
-    cache = allocate(kv_dtype, shape=shape, dtype=dtype)
+    cache = allocate(kv_dtype, shape=shape, context_tokens=50, dtype=dtype)
     held = []
     for store in (*cache.keys, *cache.values):
         if isinstance(store, Int8Store):
@@ -137,7 +146,7 @@ def test_it_takes_the_bytes_that_the_plan_counts(kv_dtype: KVDtype, dtype: torch
             assert isinstance(store, DenseStore)
             held.append(store.x)
     taken = sum(tensor.numel() * tensor.element_size() for tensor in held)
-    planned = 64 * 3 * kv_bytes_per_token(shape, bytes_per_value=dtype.itemsize, kv_dtype=kv_dtype)
+    planned = slot_tokens(50) * 3 * kv_bytes_per_token(shape, bytes_per_value=dtype.itemsize, kv_dtype=kv_dtype)
     assert taken == planned
     if kv_dtype == "int8":
         assert planned == 3 * 2 * 2 * (64 + 2) * 64 * 3

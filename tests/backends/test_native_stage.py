@@ -94,6 +94,19 @@ def test_bits_do_not_depend_on_how_tokens_are_grouped(
         assert same_bits(model.kept(slot, 45), kept)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.usefixtures("native")
+def test_a_prefix_can_be_taken_over_at_any_token(kv_dtype: KVDtype, dtype: torch.dtype) -> None:
+    model = build(SHAPES["experts"], "int8", dtype=dtype, kv_dtype=kv_dtype)
+    expected = prefill(model, IDS, WHOLE)
+    prefill(model, random_ids(60, 1), (60,), 1)
+    for num_tokens, start in ((37, 0), (33, 5), (44, 33)):
+        prefill(model, IDS[:start], (start,), 1)
+        model.cache.copy_prefix(0, 1, num_tokens, start=start)
+        assert torch.equal(model.step([(1, num_tokens, IDS[num_tokens:])]), expected[num_tokens:])
+
+
 def beside_others(model: Model) -> Tensor:
     """Logits of IDS in slot 2, run at once with other sequences, some of them further on."""
     model.step([(0, 0, random_ids(30, 1)), (3, 0, random_ids(11, 2))])

@@ -245,12 +245,15 @@ def test_what_loading_refuses_is_refused_before_anything_is_written(mixture: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_the_head_of_multi_token_prediction_is_left_out(tmp_path: Path) -> None:
+def test_the_head_of_multi_token_prediction_is_packed_like_the_rest(tmp_path: Path) -> None:
     config = {**MIXTURE, "num_nextn_predict_layers": 1}
     source = write_checkpoint(tmp_path / "source", random_pt(config, mtp=True), config, layout="pt")
     plan = save_checkpoint(source, tmp_path / "out", PRESETS["int4"], progress=False)
-    assert {tensor.name for tensor in plan.dropped} == {n for n in tensors_of(source) if n.startswith("model.mtp_")}
-    assert not any("mtp" in name for name in tensors_of(tmp_path / "out"))
+    assert plan.dropped == ()
+    stored = {name: tensor.dtype for name, tensor in tensors_of(tmp_path / "out").items() if "mtp" in name}
+    for module in ("mtp_block.0.self_attn.qkv_proj", "mtp_block.0.mlp.gate_up_proj", "mtp_linear_proj.0"):
+        assert stored[f"model.{module}.codes"] == torch.uint8
+    assert stored["model.mtp_emb_norm.0.weight"] == tensors_of(source)["model.mtp_emb_norm.0.weight"].dtype
 
 
 def test_four_bits_and_their_scales_are_what_the_format_says(mixture: Path, tmp_path: Path) -> None:

@@ -60,6 +60,14 @@ def test_json_has_all_that_was_asked_for(capsys: pytest.CaptureFixture[str]) -> 
     }
 
 
+def test_a_draft_is_part_of_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    drafts = []
+    for options in ([], ["--draft", "mtp"]):
+        assert main(["plan", "ernie45/tiny-moe", "--device", "cpu", "--memory", "1GiB", "--json", *options]) == 0
+        drafts.append(json.loads(capsys.readouterr().out)["part_bytes"]["draft"])
+    assert drafts[0] == 0 < drafts[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
@@ -71,6 +79,7 @@ def test_json_has_all_that_was_asked_for(capsys: pytest.CaptureFixture[str]) -> 
         (["ernie45/tiny-dense", "--kv-dtype", "int2"], "kv_dtype='int2'"),
         (["ernie45/tiny-dense", "--context", "0"], "context_tokens must be from 1"),
         (["ernie45/tiny-dense", "--batch", "0"], "max_batch must be"),
+        (["ernie45/tiny-dense", "--draft", "mtp"], "draft='mtp' was asked for"),
     ],
 )
 def test_mistakes_are_explained(arguments: list[str], shown: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -165,13 +166,11 @@ def test_readers_who_do_not_read_keep_nobody_from_a_slot(engine: Engine) -> None
     assert [len(drain(stream)[0]) for stream in unread] == [200, 200], "and they lose nothing"
 
 
-def test_a_scoring_row_waits_for_its_reader(engine: Engine, backend: CountingBackend) -> None:
+def test_a_scoring_row_does_not_wait_for_its_reader(engine: Engine, backend: CountingBackend) -> None:
     prompt = tuple([1] * (4 * PREFILL_CHUNK_TOKENS))
-    stream = engine.submit(TokenRequest(token_ids=prompt, logit_positions=(0, 600, 1200, 2000)))
-    assert eventually(lambda: not stream.has_room)
-    time.sleep(0.05)
-    assert len(backend.steps) == 2, "no more chunks' logits are made than the queue holds"
-    assert drain(stream)[1] == "stop"
+    unread = [engine.submit(TokenRequest(token_ids=prompt, logit_positions=(0, 600, 1200, 2000))) for _ in range(3)]
+    assert drain(engine.submit(request(20)))[1] == "length"
+    assert [drain(stream) for stream in unread] == [([], "stop")] * 3
 
 
 def test_logits_that_are_not_numbers_end_their_own_row_only(engine: Engine) -> None:
@@ -182,16 +181,25 @@ def test_logits_that_are_not_numbers_end_their_own_row_only(engine: Engine) -> N
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() on this system")
-def test_a_forked_child_is_told_so_instead_of_waiting_forever(engine: Engine) -> None:
+@pytest.mark.parametrize("call", ["submit", "read"])
+def test_a_forked_child_is_told_so_instead_of_waiting_forever(
+    engine: Engine, backend: CountingBackend, call: str
+) -> None:
+    backend.may_run.clear()
+    begun = engine.submit(request(1))
     child = os.fork()
     if child == 0:
         try:
             engine.close()  # returns, although nobody could join the thread
-            engine.submit(request(1))
+            signal.alarm(10)
+            engine.submit(request(1)) if call == "submit" else drain(begun)
         except UnsupportedError as error:
             os._exit(0 if "fork" in error.message else 2)
-        os._exit(1)
+        finally:
+            os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    backend.may_run.set()
+    assert drain(begun)[0] == [2, 3, 4], "the parent goes on"
 
 
 def test_cancelling_frees_the_slots_of_running_and_waiting_requests(engine: Engine) -> None:
@@ -228,14 +236,23 @@ def test_what_fails_for_one_request_reaches_its_reader_and_nobody_else(engine: E
 def test_scoring_gives_the_wanted_logits_chunk_by_chunk(engine: Engine) -> None:
     prompt = tuple(i % 12 for i in range(PREFILL_CHUNK_TOKENS + 3))
     positions = (0, 2, PREFILL_CHUNK_TOKENS, PREFILL_CHUNK_TOKENS + 2)
-    stream = engine.submit(TokenRequest(token_ids=prompt, logit_positions=positions))
-    first, second = next_event(stream), next_event(stream)
-    assert first.logits is not None
-    assert second.logits is not None
-    assert first.logits.argmax(-1).tolist() == [prompt[0] + 1, prompt[2] + 1]
-    assert second.logits.argmax(-1).tolist() == [prompt[512] + 1, prompt[514] + 1]
-    assert (first.finish_reason, second.finish_reason) == (None, "stop")
-    assert second.logits.shape == (2, VOCAB_SIZE), "nothing is masked"
+    given: list[torch.Tensor] = []
+    stream = engine.submit(TokenRequest(token_ids=prompt, logit_positions=positions, on_logits=given.append))
+    assert drain(stream) == ([], "stop")
+    first, second = given
+    assert first.argmax(-1).tolist() == [prompt[0] + 1, prompt[2] + 1]
+    assert second.argmax(-1).tolist() == [prompt[512] + 1, prompt[514] + 1]
+    assert second.shape == (2, VOCAB_SIZE), "nothing is masked"
+
+
+def test_what_fails_with_the_logits_reaches_the_reader(engine: Engine) -> None:
+    def fail(logits: torch.Tensor) -> None:
+        raise ZeroDivisionError("in the reader's code")
+
+    stream = engine.submit(TokenRequest(token_ids=(1, 2), logit_positions=(1,), on_logits=fail))
+    with pytest.raises(ZeroDivisionError, match="in the reader's code"):
+        drain(stream)
+    assert drain(engine.submit(request(20)))[1] == "length"
 
 
 def test_close_ends_every_request_and_stops_the_thread(backend: CountingBackend) -> None:

@@ -386,11 +386,10 @@ def test_a_text_model_takes_no_media() -> None:
 def test_scoring_a_prompt_with_a_picture(engine: Engine, backend: SeeingBackend) -> None:
     asked = asking(5, picture(7), 20, 21)
     positions: Sequence[int] = range(len(asked.token_ids))
-    stream = engine.submit(dataclasses.replace(asked, logit_positions=tuple(positions)))
-    event = next_event(stream)
-    assert event.logits is not None
-    assert event.logits.argmax(-1).tolist() == [(token_id + 1) % VOCAB_SIZE for token_id in asked.token_ids]
-    assert event.finish_reason == "stop"
+    given: list[Tensor] = []
+    stream = engine.submit(dataclasses.replace(asked, logit_positions=tuple(positions), on_logits=given.append))
+    assert next_event(stream).finish_reason == "stop"
+    assert given[0].argmax(-1).tolist() == [(token_id + 1) % VOCAB_SIZE for token_id in asked.token_ids]
     assert backend.encoded == [(1, 2, 4)]
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+from collections.abc import Callable
+
 import pytest
 
 from ernie45.engine.stream import TokenStream
+from ernie45.errors import UnsupportedError
 from ernie45.types.results import TokenEvent
 
 
@@ -42,3 +48,30 @@ def test_a_failure_comes_after_the_events_before_it_and_notifies() -> None:
     assert calls == [True]
     with pytest.raises(ZeroDivisionError, match="late"):
         stream.poll()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() on this system")
+def test_a_forked_child_is_told_so_instead_of_waiting_forever() -> None:
+    engine = threading.Lock()
+
+    def wake() -> None:
+        with engine:
+            pass
+
+    stream = TokenStream(capacity=4, wake_producer=wake)
+    with engine, stream._lock:  # as threads may hold them that the child does not have
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)
+            stream.cancel()
+            os._exit(sum(map(tells_of_the_fork, (stream.poll, lambda: stream.notify(print)))))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    assert stream.poll() is None
+
+
+def tells_of_the_fork(read: Callable[[], object]) -> bool:
+    try:
+        read()
+    except UnsupportedError as error:
+        return "fork" in error.message
+    return False

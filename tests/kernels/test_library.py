@@ -21,6 +21,7 @@ from ernie45.kernels.library import (
     use_instruction_set,
     why_not,
 )
+from ernie45.kernels.native import _SIGNATURES
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 BUILD: dict[str, Any] = runpy.run_path(str(REPO_ROOT / "csrc" / "build.py"))
@@ -104,24 +105,33 @@ def test_a_damaged_library(tmp_path: Path) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("source", "reason"),
+    ("version", "left_out", "reason"),
     [
-        ("int e45_version(void) { return 999; }", "has version 999 of the interface, and this ernie45 needs"),
-        ("int other(void) { return 1; }", "could not be loaded: "),
+        (999, "", "has version 999 of the interface, and this ernie45 needs "),
+        (library.VERSION, "e45_head", "was built from other sources: .*e45_head"),
+        (library.VERSION, "e45_version", "was built from other sources: .*e45_version"),
     ],
 )
-def test_a_library_of_another_version(tmp_path: Path, source: str, reason: str) -> None:
+def test_a_library_of_other_sources(tmp_path: Path, version: int, left_out: str, reason: str) -> None:
+    names = {f"e45_{name}" for name in library.FUNCTIONS} - {left_out}
+    source = "\n".join(f"int {name}(void) {{ return {version}; }}" for name in names)
     (tmp_path / "other.c").write_text(source, encoding="utf-8")
     built = tmp_path / "libernie45.so"
     compiler = _compiler()
     assert compiler is not None
     subprocess.run([*compiler, "-shared", "-fPIC", str(tmp_path / "other.c"), "-o", str(built)], check=True)
-    assert str(open_library(built)).startswith(f"libernie45.so {reason}")
+    assert re.match(f"libernie45.so {reason}", str(open_library(built)))
 
 
 def test_the_version_is_that_of_the_header() -> None:
     header = (REPO_ROOT / "csrc" / "ernie45.h").read_text(encoding="utf-8")
     assert re.findall(r"#define E45_VERSION (\d+)", header) == [str(library.VERSION)]
+
+
+def test_the_functions_are_those_of_the_header_and_all_that_is_called() -> None:
+    header = (REPO_ROOT / "csrc" / "ernie45.h").read_text(encoding="utf-8")
+    assert set(re.findall(r"^E45_API .*?\be45_(\w+)\(", header, re.MULTILINE)) == set(library.FUNCTIONS)
+    assert _SIGNATURES.keys() <= set(library.FUNCTIONS)
 
 
 def test_the_build_puts_it_where_it_is_looked_for() -> None:

@@ -14,11 +14,12 @@ from ernie45.kernels.library import instruction_set, instruction_sets, set_threa
 from ernie45.kernels.native import AttentionStruct, NormStruct, batch_struct, kernels, kv_struct
 from ernie45.kernels.ops import RotaryTable, attention, rotate
 from ernie45.kernels.panels import dense_panels
+from tests.kernels.kv_blocks import keys_from_blocks, keys_in_blocks, values_from_blocks, values_in_blocks
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no native kernels: {why_not()}")
 
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-_CONTEXT = 1400
+_CONTEXT = 1408
 _TABLES = {
     width: RotaryTable(head_dim=width, theta=5e5, context_tokens=_CONTEXT, device=torch.device("cpu"))
     for width in (32, 64, 96, 128)
@@ -36,7 +37,7 @@ def each_isa(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cache:
-    """Keys and values of 3 slots; what nobody wrote is NaN, or codes with scales that are NaN."""
+    """Keys and values of 3 slots, as torch reads them; what nobody wrote is NaN, or codes with scales that are NaN."""
 
     keys: Tensor
     values: Tensor
@@ -123,9 +124,10 @@ class Heads:
         positions = torch.cat([torch.arange(start, start + count) for _, start, count in runs])
         cos, sin = (table[:, 0].contiguous() for table in _TABLES[self.head_dim].at(positions))
         batch, _numbers = batch_struct(runs, cos, sin)
-        scales = cache.key_scales, cache.value_scales
-        y = x.clone()
-        native.attention(part, batch, kv_struct(cache.keys, cache.values, *scales), y)
+        keys, values, y = keys_in_blocks(cache.keys), values_in_blocks(cache.values), x.clone()
+        native.attention(part, batch, kv_struct(keys, values, cache.key_scales, cache.value_scales), y)
+        cache.keys.copy_(keys_from_blocks(keys))
+        cache.values.copy_(values_from_blocks(values))
         return (y - x)[:, :seen]
 
     def reference(self, cache: Cache, slot: int, start: int, x: Tensor) -> Tensor:

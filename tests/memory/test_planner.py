@@ -82,7 +82,7 @@ def test_rows_give_way_before_tokens() -> None:
 
 def test_what_is_asked_for_is_kept() -> None:
     asked: dict[str, Any] = {"context_tokens": 1000, "max_batch": 40}
-    assert plan(**asked).kv_bytes == 40 * 1000 * 18_432
+    assert plan(**asked).kv_bytes == 40 * 1024 * 18_432  # whole blocks of 32 tokens
     refused = plan(**asked, memory={"cpu": smallest(**asked) - 1})
     assert (refused.context_tokens, refused.max_batch, refused.verdict) == (1000, 40, "does not fit")
 

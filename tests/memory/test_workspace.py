@@ -20,7 +20,9 @@ from ernie45.memory.workspace import (
     MAX_STEP_GUESSES,
     PREFILL_CHUNK_TOKENS,
     RUNTIME_BYTES,
+    SCORED_ROWS,
     loading_bytes,
+    mtp_bytes,
     runs_natively,
     workspace_bytes,
 )
@@ -99,9 +101,9 @@ def test_a_matrix_of_the_models_dtype_is_read_into_its_place_by_native_kernels()
 
 
 def test_a_native_step_is_fullest_in_its_mlp() -> None:
-    # Beside norm(x) 100 * 64 * 2, silu(gate) * up in float32 and bfloat16; x and its angles, three rows of logits, a
-    # rotary table. No heap has a share in it: it is one block.
-    around = 100 * (64 * 2 + 2 * 16 * 4) + 3 * 1000 * 4 + 4 * 100 * 16
+    # Beside norm(x) 100 * 64 * 2, silu(gate) * up in float32 and bfloat16; x and its angles, rows of logits of a prompt
+    # that is scored and two more, a rotary table. No heap has a share in it: it is one block.
+    around = 100 * (64 * 2 + 2 * 16 * 4) + (SCORED_ROWS + 2) * 1000 * 4 + 4 * 100 * 16
     attention = 100 * (64 + 64) * 2 + 100 * 12 * 16 * 4 + MIB
     assert workspace(native=True) == attention + around
     mlp = 512 * 64 * 2 + 512 * 2048 * (4 + 2)
@@ -109,7 +111,7 @@ def test_a_native_step_is_fullest_in_its_mlp() -> None:
     planned = workspace_bytes(
         wide, PRESETS["none"], bytes_per_value=2, context_tokens=512, max_batch=1, kv_dtype="auto", native=True
     )
-    assert planned == mlp + 512 * (64 * 2 + 2 * 16 * 4) + 3 * 1000 * 4 + 4 * 512 * 16
+    assert planned == mlp + 512 * (64 * 2 + 2 * 16 * 4) + (SCORED_ROWS + 2) * 1000 * 4 + 4 * 512 * 16
 
 
 def test_native_attention_keeps_the_spans_of_a_long_context_apart() -> None:
@@ -125,6 +127,24 @@ def test_a_draft_adds_the_rows_that_are_checked() -> None:
         assert workspace(max_batch=200, has_draft=True, native=native) == workspace(
             max_batch=200 + MAX_STEP_GUESSES, native=native
         )
+
+
+def test_a_draft_head_adds_the_states_that_wait() -> None:
+    # States of a chunk and of three rows, 8 times in all, and a rotary table.
+    planned = mtp_bytes(SPEC, bytes_per_value=2, context_tokens=2000, max_batch=3)
+    assert planned == (512 + 3) * 64 * 2 * 8 + 4 * 2000 * 16
+
+
+def test_logits_of_a_scored_prompt_are_those_of_a_step_of_many_rows() -> None:
+    wide = parse_spec({**CONFIG, "vocab_size": 100_000})
+
+    def planned(max_batch: int, native: bool) -> int:
+        options: dict[str, Any] = {"bytes_per_value": 2, "context_tokens": 512, "kv_dtype": "auto"}
+        return workspace_bytes(wide, PRESETS["none"], max_batch=max_batch, native=native, **options)
+
+    assert planned(32, native=True) - planned(1, native=True) < (32 - SCORED_ROWS) * 100_000 * 4
+    assert planned(1, native=True) > SCORED_ROWS * 100_000 * 4
+    assert planned(1, native=False) > SCORED_ROWS * 100_000 * 4
 
 
 def test_what_the_native_kernels_take() -> None:
@@ -158,7 +178,8 @@ def test_the_native_workspace_is_what_the_kernels_keep(name: str, preset: str) -
         model.batch_generate([[5] * 590, [6] * 590], max_new_tokens=2, temperature=0, ignore_eos=True)
         spec = model.spec
         kept = kernel_workspace()
-        around = 512 * (spec.hidden_size * 2 + spec.head_dim * 8) + 3 * spec.vocab_size * 4 + 4 * 600 * spec.head_dim
+        logits = (SCORED_ROWS + 2) * spec.vocab_size * 4
+        around = 512 * (spec.hidden_size * 2 + spec.head_dim * 8) + logits + 4 * 600 * spec.head_dim
         planned = workspace_bytes(
             spec, PRESETS[preset], bytes_per_value=2, kv_dtype="auto", native=True, **options
         ) - around - (0 if preset == "none" else 8 * MIB)  # fmt: skip
@@ -185,6 +206,7 @@ model = ErnieModel.from_pretrained(
     sys.argv[1], quantization=sys.argv[2], device="cpu", context_tokens=256, max_batch=2, progress=False
 )
 model.batch_generate([[5] * 252, [6] * 252], max_new_tokens=4, temperature=0, ignore_eos=True)
+model.score([5] * 256)
 print(status_bytes("VmHWM") - before, model.plan.peak_bytes)
 """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -30,7 +30,8 @@ class Batch:
 
     `token_ids`, `positions` and `slots` are int64 [N], one entry a token. `wanted` [M] says at which of the N tokens
     logits are needed. `rotary_positions` int64 [N, 3] (time, height, width) are what the rotary embedding turns by,
-    None where that is `positions`; `vision` is None where all tokens are text. `wants_hidden` asks for hidden states.
+    None where that is `positions`; `vision` is None where all tokens are text. `wants_hidden` asks for hidden states,
+    `in_pieces` for logits a few rows at a time, since M may be the length of a chunk.
     """
 
     rows: tuple[Row, ...]
@@ -42,6 +43,7 @@ class Batch:
     rotary_positions: Tensor | None = None
     vision: VisionTokens | None = None
     wants_hidden: bool = False
+    in_pieces: bool = False
 
     def to(self, device: torch.device) -> Batch:
         """The same with its tensors on `device`; itself where they lie there. The cache stays where it is."""
@@ -84,10 +86,12 @@ class VisionTokens:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
     """What a step gives: `logits` float32 [M, V], one row for each wanted token, and `hidden` [N, h], the hidden states
-    of all tokens before the final norm, where the batch wants them."""
+    of all tokens before the final norm, where the batch wants them. Where it asks for logits in pieces, there may be
+    fewer rows in `logits`; the others are computed as `pieces` is iterated, [n, V] at a time."""
 
     logits: Tensor
     hidden: Tensor | None = None
+    pieces: Iterable[Tensor] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

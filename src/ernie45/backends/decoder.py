@@ -16,6 +16,7 @@ from torch import Tensor
 from ernie45.backends.base import Batch, Step, VisionTokens
 from ernie45.kernels.linear import Embedding, Linear
 from ernie45.kernels.ops import RotaryTable, attention, rms_norm, rotate, route, swiglu
+from ernie45.memory.workspace import SCORED_ROWS
 from ernie45.spec import ModelSpec
 
 
@@ -39,11 +40,19 @@ class Attention:
     head_dim: int
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, layer: int) -> Tensor:
+        return self.out(self.attend(*self.project(x, cos, sin), batch, layer))
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N, h] -> query [N, H, D] and key [N, Hkv, D], both rotated, and value [N, Hkv, D]"""
         heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         num_rotated = self.num_heads + self.num_kv_heads
         query, key = rotate(heads[:, :num_rotated], cos, sin).split((self.num_heads, self.num_kv_heads), dim=1)
-        batch.cache.write(layer, batch.slots, batch.positions, key, heads[:, num_rotated:])
+        return query, key, heads[:, num_rotated:]
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, layer: int) -> Tensor:
+        """Put keys and values into the batch's KV slots -> what each token finds among those of its sequence
+        [N, H·D]"""
+        batch.cache.write(layer, batch.slots, batch.positions, key, value)
         seen = []
         first = 0
         for row in batch.rows:
@@ -51,7 +60,7 @@ class Attention:
             new = query[first : first + row.num_tokens]
             seen.append(attention(new, *batch.cache.read(layer, row.slot, end)))
             first += row.num_tokens
-        return self.out(seen[0] if len(seen) == 1 else torch.cat(seen))
+        return seen[0] if len(seen) == 1 else torch.cat(seen)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,15 +129,19 @@ class ExpertMLP:
     shared: DenseMLP | None
 
     def __call__(self, x: Tensor, tokens: VisionTokens | None) -> Tensor:
-        if tokens is None:
-            out = self.text(x)
-        else:
-            assert self.vision is not None
-            out = torch.empty_like(x)
-            for bank, rows in ((self.text, tokens.text), (self.vision, tokens.routed)):
-                if len(rows):
-                    out[rows] = bank(x[rows])
+        out = self.routed(x, tokens)
         return out if self.shared is None else out + self.shared(x)
+
+    def routed(self, x: Tensor, tokens: VisionTokens | None) -> Tensor:
+        """x [N, h] through the experts that were chosen, without the shared MLP -> [N, h]"""
+        if tokens is None:
+            return self.text(x)
+        assert self.vision is not None
+        out = torch.empty_like(x)
+        for bank, rows in ((self.text, tokens.text), (self.vision, tokens.routed)):
+            if len(rows):
+                out[rows] = bank(x[rows])
+        return out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,8 +224,8 @@ class Decoder:
             batch = batch.to(stage.device)
             x = stage(x.to(stage.device), batch)
         hidden = x if batch.wants_hidden else None
-        if not len(batch.wanted):
+        if batch.in_pieces or not len(batch.wanted):
             logits = torch.empty((0, self.spec.vocab_size), dtype=torch.float32, device=self.head_device)
-        else:
-            logits = self.head(x[batch.wanted].to(self.head_device))
-        return Step(logits=logits, hidden=hidden)
+            pieces = (self.head(x[rows].to(self.head_device)) for rows in batch.wanted.split(SCORED_ROWS) if len(rows))
+            return Step(logits=logits, hidden=hidden, pieces=pieces)
+        return Step(logits=self.head(x[batch.wanted].to(self.head_device)), hidden=hidden)

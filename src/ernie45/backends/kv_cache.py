@@ -1,5 +1,8 @@
 """Keys and values of earlier tokens, in the dtype of the arithmetic or in int8.
 
+A slot is made of blocks of 32 tokens. Layers on the native kernels order the numbers of a block in a way of their own
+(`E45KV` in csrc/ernie45.h): what they write, only they can read.
+
 Shape letters: N tokens of a step, S tokens of a sequence so far, Hkv key/value heads, D head width.
 """
 
@@ -11,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ernie45.memory.budget import KVDtype
+from ernie45.memory.budget import KV_BLOCK_TOKENS, KVDtype, slot_tokens
 from ernie45.spec import ModelSpec
 from ernie45.types.placement import Placement
 
@@ -95,7 +98,7 @@ class KVCache:
         placement: Placement,
     ) -> KVCache:
         """Room for `num_slots` sequences of `context_tokens` tokens, read in `dtype`."""
-        shape = (num_slots, spec.num_kv_heads, context_tokens, spec.head_dim)
+        shape = (num_slots, spec.num_kv_heads, slot_tokens(context_tokens), spec.head_dim)
         stores = [
             tuple(_allocate_store(shape, dtype, kv_dtype, torch.device(device)) for device in placement.layers)
             for _ in range(2)
@@ -112,9 +115,15 @@ class KVCache:
         return self.keys[layer].read(slot, end), self.values[layer].read(slot, end)
 
     def copy_prefix(self, from_slot: int, to_slot: int, num_tokens: int, *, start: int = 0) -> None:
-        """Have the keys and values of tokens start … num_tokens - 1 of one slot in another as well, in every layer."""
+        """Have the keys and values of tokens start … num_tokens - 1 of one slot in another as well, in every layer.
+
+        Whole blocks are copied: the tokens before `start` are to be the same bits in both slots, and what the other
+        slot held from `num_tokens` on is lost. So it is in a `SlotPool`: the other slot's sequence begins with the same
+        `num_tokens` tokens, and its next ones are written before they are read.
+        """
+        first, end = start // KV_BLOCK_TOKENS * KV_BLOCK_TOKENS, slot_tokens(num_tokens)
         for store in (*self.keys, *self.values):
-            store.copy(from_slot, to_slot, start, num_tokens)
+            store.copy(from_slot, to_slot, first, end)
 
 
 def _allocate_store(

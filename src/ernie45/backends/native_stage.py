@@ -1,4 +1,4 @@
-"""The decoder's layers on the native kernels: two or three calls a layer, hidden states changed in place."""
+"""The decoder's layers on the native kernels: one call for all of a stage, hidden states changed in place."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from ernie45.kernels.native import (
     BatchStruct,
     Kernels,
     KVStruct,
+    LayerStruct,
     MlpStruct,
     NormStruct,
     RouterStruct,
@@ -37,6 +38,7 @@ from ernie45.kernels.native import (
 from ernie45.kernels.panels import PanelLinear
 from ernie45.memory.workspace import PREFILL_CHUNK_TOKENS
 
+_MlpPointers = tuple[NormStruct, int | None, int | None, int | None]  # the rest of a LayerStruct
 _PANEL = 64  # outputs that the kernels take at a time: gate and up must begin with whole ones
 
 
@@ -50,7 +52,7 @@ def native_stage(stage: Stage) -> Stage | NativeStage:
         for layer in stage.layers
     ]
     layers = [(attention, mlp) for attention, mlp in parts if attention is not None and mlp is not None]
-    return NativeStage(stage, layers) if len(layers) == len(parts) else stage
+    return NativeStage(native, stage, layers) if len(layers) == len(parts) else stage
 
 
 def prefix_tokens(decoder: Decoder) -> int:
@@ -63,27 +65,36 @@ def prefix_tokens(decoder: Decoder) -> int:
 class NativeStage:
     """What a `Stage` is, with its layers as structs. It keeps the stage, for structs hold addresses only."""
 
-    def __init__(self, stage: Stage, layers: Sequence[tuple[AttentionPart, DensePart | ExpertPart]]) -> None:
+    def __init__(
+        self, native: Kernels, stage: Stage, layers: Sequence[tuple[AttentionPart, DensePart | ExpertPart]]
+    ) -> None:
         self.device = stage.device
-        self._stage, self._layers = stage, layers
+        self._native, self._stage, self._layers = native, stage, layers
+        self._layer_structs = (LayerStruct * len(layers))(
+            *(LayerStruct(attention.struct, *mlp.pointers) for attention, mlp in layers)
+        )
         self._cache: KVCache | None = None
-        self._kv: list[KVStruct] = []
+        self._kv_structs = (KVStruct * 0)()
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         """x [N, h] through the layers, in place."""
         cos, sin = (table[:, 0].contiguous() for table in self._stage.angles(batch))
         rows, _numbers = batch_struct([(row.slot, row.start, row.num_tokens) for row in batch.rows], cos, sin)
         if self._cache is not batch.cache:
-            self._cache, self._kv = batch.cache, self._structs(batch.cache)
+            self._cache, self._kv_structs = batch.cache, self._structs(batch.cache)
         x = x.contiguous()
-        for (attention, mlp), kv in zip(self._layers, self._kv, strict=True):
+        if batch.vision is None:
+            self._native.layers(self._layer_structs, self._kv_structs, rows, x)
+            return x
+        for (attention, mlp), kv in zip(self._layers, self._kv_structs, strict=True):
             attention(x, rows, kv)
             mlp(x, batch.vision)
         return x
 
-    def _structs(self, cache: KVCache) -> list[KVStruct]:
-        first = self._stage.first
-        return [_kv(cache.keys[layer], cache.values[layer]) for layer in range(first, first + len(self._layers))]
+    def _structs(self, cache: KVCache) -> ctypes.Array[KVStruct]:
+        first, num_layers = self._stage.first, len(self._layers)
+        stores = [_kv(cache.keys[layer], cache.values[layer]) for layer in range(first, first + num_layers)]
+        return (KVStruct * num_layers)(*stores)
 
 
 @final
@@ -94,10 +105,10 @@ class AttentionPart:
         self._native = native
         norm_struct, self._weight = _norm(norm)
         sizes = attention.num_heads, attention.num_kv_heads, attention.head_dim
-        self._struct = AttentionStruct(norm_struct, qkv.struct, out.struct, *sizes)
+        self.struct = AttentionStruct(norm_struct, qkv.struct, out.struct, *sizes)
 
     def __call__(self, x: Tensor, rows: BatchStruct, kv: KVStruct) -> None:
-        self._native.attention(self._struct, rows, kv, x)
+        self._native.attention(self.struct, rows, kv, x)
 
 
 @final
@@ -107,6 +118,10 @@ class DensePart:
     def __init__(self, native: Kernels, norm: Norm, mlp: MlpStruct) -> None:
         self._native, self._mlp = native, mlp
         self._norm, self._weight = _norm(norm)
+
+    @property
+    def pointers(self) -> _MlpPointers:
+        return self._norm, None, None, ctypes.addressof(self._mlp)
 
     def __call__(self, x: Tensor, tokens: VisionTokens | None) -> None:
         self._native.mlp(self._norm, self._mlp, x)
@@ -121,6 +136,13 @@ class ExpertPart:
     ) -> None:
         self._native, self._text, self._vision, self._shared = native, text, vision, shared
         self._norm, self._weight = _norm(norm)
+
+    @property
+    def pointers(self) -> _MlpPointers:
+        """Those of a step without pictures."""
+        bank, shared = self._text, self._shared
+        addresses = ctypes.addressof(bank.router), ctypes.addressof(bank.table)
+        return self._norm, *addresses, None if shared is None else ctypes.addressof(shared)
 
     def __call__(self, x: Tensor, tokens: VisionTokens | None) -> None:
         if tokens is None:

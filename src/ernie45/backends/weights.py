@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ernie45.backends.base import BuildOptions
+from ernie45.backends.compiled import compiled_stage
 from ernie45.backends.decoder import (
     Attention,
     Decoder,
@@ -55,7 +56,7 @@ class WeightBuilder:
         self.spec, self.source, self.options = spec, source, options
         self.dtype, self.device = options.dtype, torch.device(options.placement.embedding)
         self.placed: Counter[WeightPart] = Counter()
-        self._staging = Staging(self.dtype)
+        self._staging, self._code_staging = Staging(), Staging()
         self._memory = PanelMemory()
 
     def on(self, device: str) -> WeightBuilder:
@@ -64,7 +65,7 @@ class WeightBuilder:
             return self
         other = WeightBuilder(self.spec, self.source, self.options)
         other.device, other.placed = torch.device(device), self.placed
-        other._staging, other._memory = self._staging, self._memory
+        other._staging, other._code_staging, other._memory = self._staging, self._code_staging, self._memory
         return other
 
     def decoder(self) -> Decoder:
@@ -76,7 +77,7 @@ class WeightBuilder:
         return Decoder(
             spec=spec,
             embedding=embedding,
-            stages=tuple(native_stage(stage) for stage in stages),
+            stages=tuple(compiled_stage(native_stage(stage)) for stage in stages),
             head=native_head(NormedHead(norm=last.norm("model.norm.weight"), linear=tied_head or last.head())),
             head_device=last.device,
         )
@@ -334,7 +335,10 @@ class WeightBuilder:
         scheme = self.options.preset.scheme(part, in_features)
         if scheme not in ("int8", "int4"):
             return None
-        take_codes = self._memory.take if takes_panels(self.dtype, self.device, in_features) else None
+        take_codes = None
+        if takes_panels(self.dtype, self.device, in_features):
+            # int8 codes are put into panels where they lie; int4 ones are copied there, between their scales.
+            take_codes = self._memory.take if scheme == "int8" else self._code_staging.room
         packed = empty_packed(scheme, sum(parts.values()), in_features, INT4_GROUP, self.device, take_codes)
         if self.device.type == "meta":
             self.staged(in_features, parts)
@@ -367,7 +371,7 @@ class WeightBuilder:
         shape = (sum(parts.values()), in_features)
         weight = torch.empty(shape, dtype=self.dtype, device="meta")
         if self.device.type != "meta":
-            weight = self._staging.room(shape)
+            weight = self._staging.room(shape, self.dtype)
         self.source.read_into(weight, _weights(parts))
         return weight
 
@@ -380,15 +384,15 @@ class Staging:
     """One buffer that weights are read into before they are packed or quantised, over and over: a fresh one each time
     would leave holes in the heap, a tenth of the model in all. It lies outside the heap, which would keep it."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._buffer = torch.empty(0, dtype=dtype)
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def room(self, shape: tuple[int, int]) -> Tensor:
+    def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Room for a matrix, until the next call."""
-        num_values = shape[0] * shape[1]
-        if self._buffer.numel() < num_values:
-            self._buffer = PanelMemory().take((num_values,), self._buffer.dtype)
-        return self._buffer[:num_values].view(shape)
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if len(self._buffer) < num_bytes:
+            self._buffer = PanelMemory().take((num_bytes,), torch.uint8)
+        return self._buffer[:num_bytes].view(dtype).view(shape)
 
 
 def _weights(parts: Mapping[str, int]) -> dict[str, int]:

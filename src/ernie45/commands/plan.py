@@ -15,6 +15,9 @@ def add_plan(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="a name that `ernie45 models` lists, or a folder")
     add_memory_options(parser)
     parser.add_argument("--batch", type=int, metavar="N", help="requests at a time (default: 32 or what fits)")
+    parser.add_argument(
+        "--draft", metavar="DRAFT", help="what guesses tokens: lookup, mtp, or a model's name or folder"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_plan)
 
@@ -71,6 +74,7 @@ def _plan(options: argparse.Namespace) -> int:
         context_tokens=options.context,
         max_batch=options.batch,
         kv_dtype=options.kv_dtype,
+        draft=options.draft,
     )
     print(plan.to_json() if options.json else plan)
     return 0

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from ernie45.engine.sequence_batch import Part, sequence_batch
 from ernie45.engine.slots import SlotPool
 from ernie45.engine.speculation.proposer import Ask
 from ernie45.engine.speculation.speculation import Checked, Speculation
-from ernie45.engine.stream import TokenStream
+from ernie45.engine.stream import TokenStream, check_process
 from ernie45.errors import ModelClosedError, UnsupportedError
 from ernie45.kernels.native import trim
 from ernie45.memory.budget import KVDtype
@@ -36,10 +37,6 @@ from ernie45.memory.workspace import PREFILL_CHUNK_TOKENS
 from ernie45.sampling import Best, Drawn, Sampler, build_sampler, check_finite, greedy_tokens
 from ernie45.types.placement import Placement
 from ernie45.types.requests import Sampling, TokenRequest
-
-# A reply's queue holds all its tokens, so that a reader who is slow, or waits for another reply, never holds a slot.
-# Events of a scoring request hold a chunk's logits each, so there it is the row that waits for the reader.
-_SCORING_CAPACITY = 2
 
 
 class Engine:
@@ -102,11 +99,11 @@ class Engine:
         Raises ModelClosedError after close(), UnsupportedError in a forked child or for media a model cannot see, and
         InvalidRequestError for options that do not fit the vocabulary.
         """
-        self._check_process()
+        check_process(self._process_id)
         self._check_media(request)
         self._build_sampler(request.sampling)  # only to check its options: the one that draws is built with a slot
-        capacity = request.max_new_tokens if request.logit_positions is None else _SCORING_CAPACITY
-        stream = TokenStream(capacity=capacity, wake_producer=self._wake)
+        # The queue holds all events, so that a reader who is slow, or waits for another reply, never holds a slot.
+        stream = TokenStream(capacity=max(1, request.max_new_tokens), wake_producer=self._wake)
         with self._changed:
             if self._closed:
                 raise _closed_error()
@@ -138,13 +135,6 @@ class Engine:
             raise UnsupportedError(
                 f"the request has {len(request.media)} pictures or clips, and this model reads text only",
                 hint="load a vision-language model, such as ERNIE-4.5-VL-28B-A3B-PT",
-            )
-
-    def _check_process(self) -> None:
-        if os.getpid() != self._process_id:
-            raise UnsupportedError(
-                "a model does not survive fork(): its engine thread is in the parent process",
-                hint="load the model in the child process, or start children with multiprocessing's 'spawn'",
             )
 
     def _wake(self) -> None:
@@ -270,14 +260,15 @@ class Engine:
             wanted = [p - start for p in sequence.request.logit_positions if start <= p < end]
         else:
             wanted = [end - 1 - start] if end == sequence.num_prompt_tokens else []
-        step = self._forward([Part(sequence=sequence, token_ids=sequence.token_ids[start:end], wanted=wanted)])
+        part = Part(sequence=sequence, token_ids=sequence.token_ids[start:end], wanted=wanted)
+        step = self._forward([part], in_pieces=sequence.is_scoring)
         sequence.num_cached = end
         self._observe(sequence, start, step.hidden)
         self._slots.note(sequence)
         if not sequence.in_prefill:
             sequence.end_prefill()
         if sequence.is_scoring:
-            sequence.score(step.logits)
+            sequence.score(chain([step.logits] if len(step.logits) else [], step.pieces))
         elif not sequence.in_prefill:
             sequence.advance(step.logits[0])
 
@@ -353,11 +344,12 @@ class Engine:
             assert sequence.slot is not None
             self._speculation.observe(sequence.slot, sequence.token_ids, start, hidden)
 
-    def _forward(self, parts: list[Part]) -> Step:
+    def _forward(self, parts: list[Part], *, in_pieces: bool = False) -> Step:
         """Run the parts in one batch."""
         batch = sequence_batch(parts, self._cache, self._device)
-        if self._speculation is not None and self._speculation.wants_hidden:
-            batch = replace(batch, wants_hidden=True)
+        wants_hidden = self._speculation is not None and self._speculation.wants_hidden
+        if wants_hidden or in_pieces:
+            batch = replace(batch, wants_hidden=wants_hidden, in_pieces=in_pieces)
         return self._backend.forward(batch)
 
     @contextmanager

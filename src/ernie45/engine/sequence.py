@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -113,7 +114,7 @@ class Sequence:
             self.finish_reason = "stop"
         elif self.num_generated >= self.request.max_new_tokens:
             self.finish_reason = "length"
-        self._put(token_id=drawn.token_id, logits=None, drawn=drawn)
+        self._put(token_id=drawn.token_id, drawn=drawn)
 
     def _limit_thinking(self) -> None:
         """Have the reasoning end next where it is as long as it may be; no longer watch it once it has ended."""
@@ -126,30 +127,31 @@ class Sequence:
             self._thinking_limit = None
             self._forced_ids.extend(limit.closing_ids)
 
-    def score(self, logits: Tensor) -> None:
-        """Hand logits [n, V] of the next wanted positions to the reader; the prompt's last chunk ends the request."""
+    def score(self, pieces: Iterable[Tensor]) -> None:
+        """Hand on logits [n, V] of the next wanted positions; the prompt's last chunk ends the request."""
+        for logits in pieces:
+            if self.request.on_logits is not None:
+                self.request.on_logits(logits)
+            del logits  # before the next are made
         if self.num_cached == self.num_prompt_tokens:
             self.finish_reason = "stop"
-        elif not len(logits):
-            return
-        self._put(token_id=None, logits=logits, drawn=None)
+            self._put(token_id=None, drawn=None)
 
     def cancel(self) -> None:
         self.finish_reason = "cancelled"
-        self._put(token_id=None, logits=None, drawn=None)
+        self._put(token_id=None, drawn=None)
 
     def fail(self, failure: BaseException) -> None:
         self.finish_reason = "cancelled"
         self.stream.fail(failure)
 
-    def _put(self, *, token_id: int | None, logits: Tensor | None, drawn: Drawn | None) -> None:
+    def _put(self, *, token_id: int | None, drawn: Drawn | None) -> None:
         self.stream.put(
             TokenEvent(
                 seconds=time.perf_counter() - self._submitted_seconds,
                 token_id=token_id,
                 logprob=drawn.logprob if drawn else None,
                 finish_reason=self.finish_reason,
-                logits=logits,
                 cached_tokens=self.num_reused,
                 draft_tokens=self.num_guessed,
                 accepted_draft_tokens=self.num_accepted,

@@ -13,11 +13,18 @@ from typing import Final
 
 from ernie45.errors import InvalidRequestError, UnsupportedError
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Of the C interface: E45_VERSION in csrc/ernie45.h."""
 
 MOST_THREADS: Final = 256
 """That the kernels' pool takes: MAX_THREADS in csrc/pool.c."""
+
+FUNCTIONS: Final = (
+    *("version", "isa", "isas", "use_isa", "set_threads", "workspace_bytes", "trim"),
+    *("make_panels", "make_int4_panels", "linear", "lookup"),
+    *("attention", "mlp", "route", "experts", "layers", "head"),
+)
+"""Those of csrc/ernie45.h, without "e45_"."""
 
 LIBRARY_FILE: Final = Path(__file__).with_name("libernie45.dylib" if sys.platform == "darwin" else "libernie45.so")
 # Where the build leaves word why there is no library.
@@ -83,19 +90,20 @@ def _loaded() -> ctypes.CDLL | str:
 
 
 def open_library(path: Path) -> ctypes.CDLL | str:
-    """Load the library at `path`; returns a reason where it is not there, does not load, or is of another version."""
+    """Load the library at `path`; returns a reason where it is not there, does not load, or is not of these sources."""
     if not path.exists():
         reason = REASON_FILE.read_text(encoding="utf-8").strip() if REASON_FILE.exists() else ""
         return f"no library was built: {reason}" if reason else "no library was built"
     try:
         library = ctypes.CDLL(str(path))
-        library.e45_version.restype = ctypes.c_int
-    except (OSError, AttributeError) as error:  # AttributeError: it has no such function
+        functions = {name: getattr(library, f"e45_{name}") for name in FUNCTIONS}
+    except OSError as error:
         return f"{path.name} could not be loaded: {error}"
-    if (version := library.e45_version()) != VERSION:
+    except AttributeError as error:  # the name of the function that is missing
+        return f"{path.name} was built from other sources: {error}"
+    if (version := functions["version"]()) != VERSION:
         return f"{path.name} has version {version} of the interface, and this ernie45 needs {VERSION}"
-    for name in ("e45_isa", "e45_isas"):
-        getattr(library, name).restype = ctypes.c_char_p
-    library.e45_use_isa.argtypes = [ctypes.c_char_p]
-    library.e45_set_threads.argtypes = [ctypes.c_int]
+    functions["isa"].restype = functions["isas"].restype = ctypes.c_char_p
+    functions["use_isa"].argtypes = [ctypes.c_char_p]
+    functions["set_threads"].argtypes = [ctypes.c_int]
     return library

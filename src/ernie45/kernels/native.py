@@ -30,7 +30,6 @@ class MatrixStruct(ctypes.Structure):
         ("out_features", _NUMBER),
         ("in_features", _NUMBER),
         ("panels", _ADDRESS),
-        ("group_scales", _ADDRESS),
         ("row_scales", _ADDRESS),
         ("bias", _ADDRESS),
     ]
@@ -101,8 +100,21 @@ class RouterStruct(ctypes.Structure):
     ]
 
 
+class LayerStruct(ctypes.Structure):
+    """`E45Layer`."""
+
+    _fields_: ClassVar = [
+        ("attention", AttentionStruct),
+        ("norm", NormStruct),
+        ("router", _ADDRESS),
+        ("experts", _ADDRESS),
+        ("shared", _ADDRESS),
+    ]
+
+
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "make_panels": (_ADDRESS, _NUMBER, _NUMBER, _NUMBER),
+    "make_int4_panels": (_ADDRESS, _ADDRESS, _NUMBER, _NUMBER, _ADDRESS),
     "linear": (_ADDRESS, _ADDRESS, _NUMBER, _ADDRESS, _NUMBER),
     "lookup": (_ADDRESS, _ADDRESS, _NUMBER, _ADDRESS, _NUMBER),
     "attention": (_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _NUMBER),
@@ -111,6 +123,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "experts": (
         _ADDRESS, _ADDRESS, _NUMBER, _ADDRESS, _ADDRESS, _ADDRESS, _NUMBER, _ADDRESS, _NUMBER, _NUMBER
     ),
+    "layers": (_ADDRESS, _ADDRESS, _NUMBER, _ADDRESS, _ADDRESS, _NUMBER),
     "head": (_ADDRESS, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER, _ADDRESS),
 }  # fmt: skip
 
@@ -131,6 +144,13 @@ class Kernels:
         num_panels = rows.shape[0] // 64
         num_dwords = rows[0].numel() * rows.element_size() // 4
         self._call("make_panels", rows.data_ptr(), num_panels, num_dwords, flip)
+
+    def make_int4_panels(self, codes: Tensor, scales: Tensor, panels: Tensor) -> None:
+        """Codes uint8 [N, K / 2] and scales int8 [N, K / 32], both contiguous -> `panels`, which takes N as a multiple
+        of 64 and a dword of scales for each four groups."""
+        num_rows, num_bytes = codes.shape
+        addresses = codes.data_ptr(), scales.data_ptr()
+        self._call("make_int4_panels", *addresses, num_rows, 2 * num_bytes, panels.data_ptr())
 
     def linear(self, matrix: MatrixStruct, x: Tensor) -> Tensor:
         """x [N, in] -> [N, out]"""
@@ -192,6 +212,17 @@ class Kernels:
             _DTYPES[x.dtype],
         )
 
+    def layers(
+        self,
+        layers: ctypes.Array[LayerStruct],
+        caches: ctypes.Array[KVStruct],
+        batch: BatchStruct,
+        x: Tensor,
+    ) -> None:
+        """x through the layers; `caches` has the keys and values of each."""
+        addresses = ctypes.addressof(layers), ctypes.addressof(caches), len(layers), ctypes.addressof(batch)
+        self._call("layers", *addresses, x.data_ptr(), _DTYPES[x.dtype])
+
     def head(self, norm: NormStruct, matrix: MatrixStruct, x: Tensor) -> Tensor:
         """x [M, h] -> logits float32 [M, V] of norm(x)"""
         logits = torch.empty((len(x), matrix.out_features), dtype=torch.float32)
@@ -234,6 +265,7 @@ def batch_struct(rows: Sequence[tuple[int, int, int]], cos: Tensor, sin: Tensor)
 
 
 def kv_struct(keys: Tensor, values: Tensor, key_scales: Tensor | None, value_scales: Tensor | None) -> KVStruct:
-    """Of one layer's keys and values [slots, Hkv, context, D], with the scales [slots, Hkv, context] of int8 ones."""
+    """Of one layer's keys and values, in the memory of tensors [slots, Hkv, context, D], with the scales
+    [slots, Hkv, context] of int8 ones; the context is a multiple of 32."""
     scales = [None if tensor is None else tensor.data_ptr() for tensor in (key_scales, value_scales)]
     return KVStruct(_DTYPES[keys.dtype], keys.shape[2], keys.data_ptr(), values.data_ptr(), *scales)

@@ -22,6 +22,8 @@ _COLUMNS = 32  # the kernels want multiples of it
 _MOST_COLUMNS = 1 << 16  # rows lie on the stack
 _INT8_FLIP = 0x80  # codes lie there with 128 added
 _DENSE, _INT8, _INT4 = range(3)
+_CODE_BITS = (16, 8, 4)
+_GROUPS_A_DWORD = 4  # of int4, whose scales lie side by side
 _PIECE_BYTES = 64 * 2**20
 _PAGE_BYTES = 2 * 2**20
 _LINE_BYTES = 64
@@ -68,29 +70,31 @@ class PanelMemory:
 
 @final
 class PanelLinear:
-    """A matrix in panels, put there where it lay: no memory is needed twice. A row of x gives the same bits whatever
-    stands beside it."""
+    """A matrix in panels. A row of x gives the same bits whatever stands beside it."""
 
     __slots__ = ("_bias", "_kept", "_scale_bytes", "code_bytes", "struct")
 
     def __init__(
-        self, kind: int, panels: Tensor, in_features: int, out_features: int, bias: Tensor | None, *scales: Tensor
+        self,
+        kind: int,
+        panels: Tensor,
+        in_features: int,
+        out_features: int,
+        bias: Tensor | None,
+        row_scales: Tensor | None = None,
     ) -> None:
-        """`panels` are the padded rows, in panels; `scales` those of the rows, then those of the groups."""
+        """`panels` are the padded rows, in panels."""
         self._bias = None if bias is None else bias.float()
-        self._kept = (panels, *scales)
-        row_scales, group_scales = (*(scale.data_ptr() for scale in scales), None, None)[:2]
+        self._kept = (panels, row_scales)
         self.struct = MatrixStruct(
             kind,
             out_features,
             in_features,
             panels.data_ptr(),
-            group_scales,
-            row_scales,
+            None if row_scales is None else row_scales.data_ptr(),
             None if self._bias is None else self._bias.data_ptr(),
         )
-        bytes_per_row = panels[0].numel() * panels.element_size()
-        self.code_bytes: int = out_features * bytes_per_row + bias_bytes(bias)
+        self.code_bytes: int = out_features * in_features * _CODE_BITS[kind] // 8 + bias_bytes(bias)
         groups = in_features // INT4_GROUP if kind == _INT4 else 0
         self._scale_bytes = 0 if kind == _DENSE else out_features * (4 + groups)
 
@@ -142,8 +146,8 @@ def dense_panels(rows: Tensor, out_features: int, bias: Tensor | None) -> PanelL
 def packed_panels(
     packed: Packed, bias: Tensor | None, memory: PanelMemory, *, in_place: bool = False
 ) -> PanelLinear | None:
-    """Of a quantised matrix, whose codes lie in `memory` with `in_place` and are copied there without; None for what
-    the kernels do not know: zeros or an order of GPTQ's, and its groups."""
+    """Of a quantised matrix, whose int8 codes lie in `memory` with `in_place`; all others are copied there. None for
+    what the kernels do not know: zeros or an order of GPTQ's, and its groups."""
     if isinstance(packed, PackedInt8):
         codes = _codes(packed, memory, in_place=in_place)
         row_scales = memory.copy(_padded_rows(packed.scales))
@@ -152,23 +156,31 @@ def packed_panels(
         return None
     if packed.group_size != INT4_GROUP:
         return None
-    scales = _padded_rows(packed.scales)
-    grouped = memory.copy(scales.view(-1, _PANEL, scales.shape[1]).transpose(1, 2))
+    native = kernels()
+    assert native is not None
+    num_groups = packed.scales.shape[1]
+    bytes_per_row = packed.codes.shape[1] + 4 * -(-num_groups // _GROUPS_A_DWORD)
+    panels = memory.take((_padded(packed.out_features), bytes_per_row), torch.uint8)
+    native.make_int4_panels(packed.codes.contiguous(), packed.scales.contiguous(), panels)
     row_scales = memory.copy(_padded_rows(packed.row_scales))
-    codes = _codes(packed, memory, in_place=in_place)
-    return _put(_INT4, codes, packed.in_features, packed.out_features, bias, row_scales, grouped)
+    return PanelLinear(_INT4, panels, packed.in_features, packed.out_features, bias, row_scales)
 
 
 def _put(
-    kind: int, rows: Tensor, in_features: int, out_features: int, bias: Tensor | None, *scales: Tensor
+    kind: int,
+    rows: Tensor,
+    in_features: int,
+    out_features: int,
+    bias: Tensor | None,
+    row_scales: Tensor | None = None,
 ) -> PanelLinear:
     native = kernels()
     assert native is not None
     native.make_panels(rows, flip=_INT8_FLIP if kind == _INT8 else 0)
-    return PanelLinear(kind, rows, in_features, out_features, bias, *scales)
+    return PanelLinear(kind, rows, in_features, out_features, bias, row_scales)
 
 
-def _codes(packed: Packed, memory: PanelMemory, *, in_place: bool) -> Tensor:
+def _codes(packed: PackedInt8, memory: PanelMemory, *, in_place: bool) -> Tensor:
     """The codes, or a copy of them, in `memory`, padded to whole panels."""
     num_rows, num_columns = packed.codes.shape
     if in_place and num_rows % _PANEL == 0:

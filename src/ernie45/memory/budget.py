@@ -28,6 +28,9 @@ DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 KVDtype = Literal["auto", "int8"]
 """How keys and values are kept: in the dtype of the arithmetic, or rounded to int8 with a scale."""
 
+KV_BLOCK_TOKENS = 32
+"""Tokens that lie together in the KV cache: every slot has room for whole blocks of them."""
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 _MOST_BYTES = 2**60
@@ -121,6 +124,11 @@ def kv_bytes_per_token(spec: ModelSpec, *, bytes_per_value: int, kv_dtype: KVDty
     if kv_dtype == "int8":
         return spec.kv_values_per_token + spec.kv_values_per_token // spec.head_dim * _KV_SCALE_BYTES
     return spec.kv_values_per_token * bytes_per_value
+
+
+def slot_tokens(context_tokens: int) -> int:
+    """Tokens that a KV slot for a context of `context_tokens` has room for."""
+    return -(-context_tokens // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
 
 
 def in_words(num_bytes: int) -> str:

@@ -76,8 +76,11 @@ class WeightSites:
         return scaled
 
 
-def estimate_sites(spec: ModelSpec, preset: QuantPreset, *, bytes_per_value: int, has_own_head: bool) -> WeightSites:
-    """Bytes of the loaded weights of each site by part; `bytes_per_value` is the model's dtype's.
+def estimate_sites(
+    spec: ModelSpec, preset: QuantPreset, *, bytes_per_value: int, has_own_head: bool, mtp: bool = False
+) -> WeightSites:
+    """Bytes of the loaded weights of each site by part; `bytes_per_value` is the model's dtype's. With `mtp` the head
+    for multi-token prediction stands with the embedding, as "draft".
 
     Biases of routed experts and of the head, which only some writers store, are not counted.
     """
@@ -86,8 +89,11 @@ def estimate_sites(spec: ModelSpec, preset: QuantPreset, *, bytes_per_value: int
     # All dense layers are alike, and so are all with experts.
     layer = {kind: counting.layer(kind) for kind in set(kinds)}
     experts, active = counting.experts() if any(kinds) else ({}, 0)
+    embedding = counting.matrix("embedding", spec.vocab_size, spec.hidden_size)
+    if mtp:
+        embedding["draft"] = counting.mtp()
     return WeightSites(
-        embedding=counting.matrix("embedding", spec.vocab_size, spec.hidden_size),
+        embedding=embedding,
         layers=tuple(layer[kind] for kind in kinds),
         experts=tuple(experts if kind else {} for kind in kinds),
         active_experts=tuple(active if kind else 0 for kind in kinds),
@@ -98,23 +104,25 @@ def estimate_sites(spec: ModelSpec, preset: QuantPreset, *, bytes_per_value: int
 
 
 def stored_weights(
-    index: CheckpointIndex, *, bytes_per_value: int, has_own_head: bool, gptq: GptqConfig | None
+    index: CheckpointIndex, *, bytes_per_value: int, has_own_head: bool, gptq: GptqConfig | None, mtp: bool = False
 ) -> PartBytes:
     """Bytes by part of loaded weights whose -PT files hold them quantised, in our own format or as `gptq` says: from
-    the headers, and with GPTQ's `desc_act` from the groups of the inputs."""
+    the headers, and with GPTQ's `desc_act` from the groups of the inputs. Only with `mtp` is the head for multi-token
+    prediction loaded, as "draft"."""
     counted: Counter[WeightPart] = Counter()
     orders: dict[str, list[bytes]] = {}
     for name, info in index.tensors.items():
         module, _, leaf = name.rpartition(".")
         part = _part_of(name)
-        if part is None or (part == "head" and not has_own_head):
+        if part is None or (part == "head" and not has_own_head) or (part == "draft" and not mtp):
             continue
+        scales: WeightPart = "draft" if part == "draft" else "scales"
         if leaf in ("codes", "qweight"):
             counted[part] += info.num_bytes
         elif leaf in ("scales", "row_scales", "zeros", "input_order"):
-            counted["scales"] += info.num_bytes
+            counted[scales] += info.num_bytes
             if leaf == "scales" and gptq is not None and not gptq.is_symmetric:
-                counted["scales"] += math.prod(info.shape)  # a byte for each zero
+                counted[scales] += math.prod(info.shape)  # a byte for each zero
         elif leaf == "g_idx" and info.dtype == "I32" and gptq is not None and gptq.reorders_inputs:
             orders.setdefault(_read_as_one(module), []).append(_read(info))
         elif leaf not in ("qzeros", "g_idx"):
@@ -136,8 +144,10 @@ def add_parts(sites: Iterable[PartBytes]) -> Counter[WeightPart]:
 
 def _part_of(name: str) -> WeightPart | None:
     """The part that a stored -PT tensor is counted with; None where it is not loaded."""
-    if name.endswith("rotary_emb.inv_freq") or name.startswith("model.mtp_"):
+    if name.endswith("rotary_emb.inv_freq"):
         return None
+    if name.startswith("model.mtp_"):
+        return "draft"
     return next((part for mark, part in _MARKS if mark in name), "norms")
 
 
@@ -208,6 +218,12 @@ class _Counting:
         spec = self.spec
         norm: Counter[WeightPart] = Counter({"norms": spec.hidden_size * self.bytes_per_value})
         return norm + self.matrix("head", spec.vocab_size, spec.hidden_size) if has_own_head else norm
+
+    def mtp(self) -> int:
+        """A dense layer, the projection to it of an embedding and a state, and the norms of these two."""
+        hidden = self.spec.hidden_size
+        projection = self.matrix("dense_mlp", hidden, 2 * hidden, has_bias=self.spec.use_bias)
+        return sum(self.layer(False).values()) + projection.total() + 2 * hidden * self.bytes_per_value
 
     def vision(self) -> PartBytes:
         """Tower and resampler, which no preset covers."""

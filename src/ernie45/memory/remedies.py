@@ -28,7 +28,7 @@ def find_remedies(sizing: Sizing, plan: MemoryPlan) -> tuple[str, ...]:
     sizing = Sizing(replace(sizing.request, context_tokens=plan.context_tokens), sizing.preset)
     smaller = _smaller_presets(sizing)
     budget = Budget(context_tokens=plan.context_tokens, max_batch=plan.max_batch)
-    found = [*_presets(smaller), *_arguments(sizing, budget)]
+    found = [*_without_draft(sizing), *_presets(smaller), *_arguments(sizing, budget)]
     if not found and smaller:
         beside = f"quantization={smaller[-1].preset.name!r} and "
         found += [*_arguments(smaller[-1], budget, beside)] or [_more_memory(smaller[-1], beside)]
@@ -43,7 +43,10 @@ def refusal(plan: MemoryPlan, limits: Limits, host: HostMemory) -> OutOfMemoryEr
     there, `limits` or the `host`."""
     fullest = max(plan.devices, key=lambda device: device.peak_bytes - device.capacity_bytes)
     kv, workspace = fullest.parts["kv_cache"], fullest.parts["workspace"]
-    used = [("weights", fullest.weight_bytes)]
+    draft = fullest.parts["draft"]
+    used = [("weights", fullest.weight_bytes - draft)]
+    if draft:
+        used.append(("weights of draft=", draft))
     if fullest.loading_bytes > kv + workspace:
         used.append(("buffers while loading", fullest.loading_bytes))
     else:
@@ -61,6 +64,15 @@ def refusal(plan: MemoryPlan, limits: Limits, host: HostMemory) -> OutOfMemoryEr
     if plan.verdict == "streams":
         message += "; its routed experts could be read from disk as they are needed, which this version does not do yet"
     return OutOfMemoryError(message, hint=" ".join(plan.remedies[:_NAMED_REMEDIES]))
+
+
+def _without_draft(sizing: Sizing) -> Iterator[str]:
+    request = sizing.request
+    if request.draft is None:
+        return
+    weights = None if request.weights is None else {**request.weights, "draft": 0}
+    if Sizing(replace(request, draft=None, weights=weights), sizing.preset).choose("fits"):
+        yield "It fits without draft=."
 
 
 def _smaller_presets(sizing: Sizing) -> list[Sizing]:

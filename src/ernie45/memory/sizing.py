@@ -14,11 +14,19 @@ from ernie45.memory.budget import (
     KVDtype,
     check_budget,
     kv_bytes_per_token,
+    slot_tokens,
 )
 from ernie45.memory.estimate import PartBytes, WeightSites, estimate_sites
 from ernie45.memory.placement import DeviceMemory, Running, excess_bytes, place, token_seconds
 from ernie45.memory.plan import Verdict
-from ernie45.memory.workspace import RUNTIME_BYTES, loading_bytes, runs_natively, workspace_bytes
+from ernie45.memory.workspace import (
+    RUNTIME_BYTES,
+    angle_bytes,
+    loading_bytes,
+    mtp_bytes,
+    runs_natively,
+    workspace_bytes,
+)
 from ernie45.presets import PRESETS, QuantPreset
 from ernie45.spec import DtypeName, ModelSpec
 
@@ -30,11 +38,11 @@ _STREAMED_LAYERS = 2  # whose experts are held at once: of one layer while those
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DraftNeeds:
-    """What guessing takes beside the model and its head for multi-token prediction: bytes of weights, and of KV cache
-    for a token of each sequence."""
+    """What guesses tokens: another `model`, with its preset; the checkpoint's own head (`mtp`); or neither, which takes
+    no more than the rows that a step checks."""
 
-    weight_bytes: int = 0
-    kv_token_bytes: int = 0
+    model: PlanRequest | None = None
+    mtp: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,28 +97,52 @@ class Sizing:
         self.kv_token_bytes = kv_bytes_per_token(
             self.spec, bytes_per_value=self.bytes_per_value, kv_dtype=request.kv_dtype
         )
-        sites = estimate_sites(
-            self.spec, preset, bytes_per_value=self.bytes_per_value, has_own_head=request.has_own_head
+        mtp = request.draft is not None and request.draft.mtp
+        sites, on_disk = (
+            estimate_sites(self.spec, preset, bytes_per_value=size, has_own_head=request.has_own_head, mtp=mtp)
+            for size in (self.bytes_per_value, DTYPE_BYTES[request.stored_dtype or request.dtype])
         )
         self.sites = sites if request.weights is None else sites.scaled_to(request.weights)
-        if request.draft is not None:
-            self.sites = _with_draft(self.sites, request.draft.weight_bytes)
-        self.weight_bytes = self.sites.total().total()
-        on_disk = estimate_sites(
-            self.spec,
-            preset,
-            bytes_per_value=DTYPE_BYTES[request.stored_dtype or request.dtype],
-            has_own_head=request.has_own_head,
-        )
-        self.disk_bytes = self.weight_bytes + on_disk.total().total() - sites.total().total()
+        self.disk_bytes = self.sites.total().total() + on_disk.total().total() - sites.total().total()
+        self._mtp, self._draft = mtp, _draft_sizing(request)
+        if self._draft is not None:
+            self.sites = _with_draft(self.sites, self._draft.weight_bytes)
+        self.weight_bytes: int = self.sites.total().total()
         self.native = request.native and runs_natively(self.spec, preset, request.dtype)
         self.cpus = tuple(device for device in request.devices if device.kind == "cpu")
 
     def running(self, budget: Budget) -> Running:
-        draft = self.request.draft
-        draft_token_bytes = 0 if draft is None else draft.kv_token_bytes
+        alone = self._alone(budget)
+        if self._mtp:
+            kv_bytes = alone.kv_layer_bytes
+            beside = mtp_bytes(
+                self.spec,
+                bytes_per_value=self.bytes_per_value,
+                context_tokens=budget.context_tokens,
+                max_batch=budget.max_batch,
+            )
+            return replace(alone, workspace_bytes=alone.workspace_bytes + beside, draft_kv_bytes=kv_bytes)
+        if self._draft is None:
+            return alone
+        spec = self._draft.spec
+        tokens = min(budget.context_tokens, spec.max_context_tokens)
+        draft = self._draft.running(replace(budget, context_tokens=tokens))
+        workspace = alone.workspace_bytes + draft.workspace_bytes
+        if self.native and self._draft.native:  # they take turns in one block of memory, where torch's heaps keep both
+            angles = angle_bytes(self.spec, budget.context_tokens), angle_bytes(spec, tokens)
+            workspace = sum(angles) + max(alone.workspace_bytes - angles[0], draft.workspace_bytes - angles[1])
+        return replace(
+            alone,
+            workspace_bytes=workspace,
+            loading_bytes=max(alone.loading_bytes, draft.loading_bytes),
+            draft_kv_bytes=draft.kv_layer_bytes * spec.num_layers,
+        )
+
+    def _alone(self, budget: Budget) -> Running:
+        """Without what guesses, but with the rows that are checked."""
+        slot_bytes = self.kv_token_bytes * slot_tokens(budget.context_tokens)
         return Running(
-            kv_layer_bytes=self.kv_token_bytes * budget.context_tokens * budget.max_batch // self.spec.num_layers,
+            kv_layer_bytes=slot_bytes * budget.max_batch // self.spec.num_layers,
             kv_read_bytes=self.kv_token_bytes * budget.context_tokens // 2 // self.spec.num_layers,
             workspace_bytes=workspace_bytes(
                 self.spec,
@@ -120,14 +152,13 @@ class Sizing:
                 max_batch=budget.max_batch,
                 kv_dtype=self.request.kv_dtype,
                 max_pixels=self.request.max_pixels,
-                has_draft=draft is not None,
+                has_draft=self.request.draft is not None,
                 native=self.native,
             ),
             loading_bytes=loading_bytes(
                 self.spec, self.preset, bytes_per_value=self.bytes_per_value, native=self.native
             ),
             runtime_bytes=RUNTIME_BYTES,
-            draft_kv_bytes=draft_token_bytes * budget.context_tokens * budget.max_batch,
         )
 
     def holds(self, verdict: Verdict, budget: Budget) -> bool:
@@ -181,6 +212,15 @@ class Sizing:
 def presets_by_quality(request: PlanRequest) -> list[QuantPreset]:
     """The presets that "auto" chooses from on the first device, the best first."""
     return [PRESETS[name] for name in _BY_QUALITY[request.devices[0].kind]]
+
+
+def _draft_sizing(request: PlanRequest) -> Sizing | None:
+    """Of the other model that guesses, where one does."""
+    model = None if request.draft is None else request.draft.model
+    if model is None:
+        return None
+    assert model.preset is not None
+    return Sizing(model, model.preset)
 
 
 def _with_draft(sites: WeightSites, weight_bytes: int) -> WeightSites:

@@ -17,6 +17,9 @@ PREFILL_CHUNK_TOKENS = 512
 """Most prompt tokens in a step. Prompts are run in chunks whose edges are multiples of this, whatever else is running,
 so that a prompt's numbers depend on the prompt alone."""
 
+SCORED_ROWS = 16
+"""Most tokens of a prompt whose logits are in memory at a time, however many of them are wanted."""
+
 MAX_STEP_GUESSES = 16
 """Most guessed tokens that a step checks beside the one of each running row, over all rows."""
 
@@ -69,9 +72,9 @@ def workspace_bytes(
     """Most bytes of intermediate values of a step, and the rotary table, 4 · S · D; without `native` kernels also code
     that torch compiles for numbers of rows.
 
-    A step is a chunk of the longest prompt, or a token of every row, with a draft also those that are checked; or the
-    encoding of a picture of `max_pixels`, None for the published limit, where the model sees. Features are counted for
-    as many pictures as fit the prompts of a batch.
+    A step is a chunk of the longest prompt, which may be scored; or a token of every row, with a draft also those that
+    are checked; or the encoding of a picture of `max_pixels`, None for the published limit, where the model sees.
+    Features are counted for as many pictures as fit the prompts of a batch.
     """
     encoding = features = 0
     if spec.vision is not None:
@@ -87,11 +90,27 @@ def workspace_bytes(
         row_counts = max(0, most_rows - _COMPILED_ROWS) + 2 * (context_tokens > PREFILL_CHUNK_TOKENS)
         compiled = (1 + linears) * _COMPILED_BYTES * row_counts + _LAYER_BYTES * spec.num_layers
         steps = _Steps(spec, preset, bytes_per_value, context_tokens, kv_dtype)
-        fullest = max(steps.step(chunk, 1), steps.step(most_rows, most_rows), encoding)
+        fullest = max(steps.step(chunk, min(chunk, SCORED_ROWS)), steps.step(most_rows, most_rows), encoding)
         most = int(_HEAP_SHARE * fullest) + compiled
     if not native or spec.vision is not None:
         most += _TORCH_BYTES
-    return most + features + _FLOAT * context_tokens * spec.head_dim
+    return most + features + angle_bytes(spec, context_tokens)
+
+
+def angle_bytes(spec: ModelSpec, context_tokens: int) -> int:
+    """Of a rotary table, cos and sin."""
+    return _FLOAT * context_tokens * spec.head_dim
+
+
+def mtp_bytes(spec: ModelSpec, *, bytes_per_value: int, context_tokens: int, max_batch: int) -> int:
+    """Most bytes that the head for multi-token prediction keeps and works with beside its weights and its KV cache.
+
+    Of a chunk of tokens, and of one of each row, 8 · h · b: states that wait, the same joined, embeddings, the norms of
+    both, these side by side (2), and their projection. And its rotary table. Its layer works in what the model's layers
+    work in.
+    """
+    num_tokens = PREFILL_CHUNK_TOKENS + max_batch
+    return num_tokens * 8 * spec.hidden_size * bytes_per_value + angle_bytes(spec, context_tokens)
 
 
 def loading_bytes(spec: ModelSpec, preset: QuantPreset, *, bytes_per_value: int, native: bool = False) -> int:
@@ -141,7 +160,8 @@ class _NativeSteps:
         attention = max(self._attention(chunk_tokens), self._attention(few) + self._partials(few)) + _SCRATCH_BYTES
         mlp = max(self._mlp(uses, max(chunk_tokens, most_rows)) for uses in _mlps(self.spec))
         head = self._rows("head", most_rows, self.spec.hidden_size)
-        return max(attention, mlp, head) + max(self._around(chunk_tokens, 1), self._around(most_rows, most_rows))
+        scored = min(chunk_tokens, SCORED_ROWS)
+        return max(attention, mlp, head) + max(self._around(chunk_tokens, scored), self._around(most_rows, most_rows))
 
     def _around(self, n: int, num_wanted: int) -> int:
         """x and its angles; float32 logits, and two more rows of them while a token is drawn."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from ernie45.errors import InvalidRequestError
 from ernie45.types.media import PlacedMedia
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_LOGPROBS = 20
 
@@ -114,7 +117,8 @@ class TokenRequest:
     `media` are the pictures and clips of the prompt, in its order; their tokens are placeholders.
     `max_new_tokens` is the reply's limit in tokens, `stop_token_ids` end it. With `thinking_limit` the reply begins
     with reasoning, whose length that limits. With `logit_positions` (ascending) the request scores its prompt instead:
-    its events carry those positions' logits and nothing is generated.
+    `on_logits` is given the float32 logits of these positions in order, [n, V] of a few at a time, on the thread that
+    runs the model. It may change them, and should not keep them. Nothing is generated.
     """
 
     token_ids: tuple[int, ...]
@@ -124,6 +128,7 @@ class TokenRequest:
     stop_token_ids: frozenset[int] = frozenset()
     thinking_limit: ThinkingLimit | None = None
     logit_positions: tuple[int, ...] | None = None
+    on_logits: Callable[[torch.Tensor], None] | None = None
 
 
 def _check(name: str, value: object, low: float, high: float, hint: str, *, low_open: bool = False) -> None:

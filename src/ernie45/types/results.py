@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from ernie45.types.messages import Message
-
-if TYPE_CHECKING:
-    import torch
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -30,16 +27,13 @@ class TokenLogprob:
 class TokenEvent:
     """One step of one request: a token, the end, or both. `seconds` counts from the request's submission, and
     `cached_tokens` of its prompt were taken over from other requests. So far `draft_tokens` were guessed,
-    `accepted_draft_tokens` of them rightly.
-
-    A scoring request gets no tokens but `logits` [n, V] (float32), one event for each chunk of its prompt.
+    `accepted_draft_tokens` of them rightly. A scoring request has but one event, its end.
     """
 
     seconds: float = 0.0
     token_id: int | None = None
     logprob: TokenLogprob | None = None
     finish_reason: FinishReason | None = None
-    logits: torch.Tensor | None = None
     cached_tokens: int = 0
     draft_tokens: int = 0
     accepted_draft_tokens: int = 0

@@ -81,8 +81,11 @@ def test_a_long_prompt_is_run_chunk_by_chunk() -> None:
     ids = [index % V for index in range(2 * chunk)]
     proposer.observe(0, ids, 0, states(0, chunk))
     proposer.observe(0, ids, chunk, states(chunk, 2 * chunk))
-    assert head.widths == [chunk, chunk - 1], "the token after the last is not known yet"
+    assert head.widths == [chunk - 1], "before more wait"
+    proposer.read([ask(0, [*ids, 3])])
+    assert head.widths == [chunk - 1, chunk], "all but the last, which gives the guess"
     assert proposer.propose([ask(0, [*ids, 3])]) == [[(3 + 2 * chunk - 1) % V]]
+    assert head.widths[2:] == [1]
     assert head.seen[0] == [(place, (place + 1) % V) for place in range(2 * chunk - 1)] + [(2 * chunk - 1, 3)]
 
 
@@ -97,6 +100,36 @@ def test_steps_without_a_guess_are_made_up_for() -> None:
     ids.append(28)
     assert proposer.propose([ask(0, ids)]) == [[28 + 7]]
     assert head.seen[0] == [(place, 21 + place) for place in range(8)]
+
+
+def test_states_of_many_rows_are_no_more_than_a_chunk() -> None:
+    head = PairingHead()
+    proposer = MtpProposer(head, make_cache(40))
+    ids = {slot: [slot] for slot in range(40)}
+    for place in range(60):
+        step = states(place, place + 1).expand(40, 1)  # one tensor for all rows, as steps give it
+        for slot, token_ids in ids.items():
+            token_ids.append((slot + place) % V)
+            proposer.observe(slot, token_ids, place, step[slot : slot + 1])
+            waiting = [state for row in proposer._rows.values() for state in row.waiting]
+            assert sum(map(len, waiting)) <= PREFILL_CHUNK_TOKENS
+            held = {state.untyped_storage().data_ptr(): state.untyped_storage().nbytes() for state in waiting}
+            assert sum(held.values()) <= 4 * PREFILL_CHUNK_TOKENS, "no views of what others have done with"
+    assert max(head.widths) <= PREFILL_CHUNK_TOKENS
+    guesses = proposer.propose([ask(slot, token_ids) for slot, token_ids in ids.items()])
+    assert guesses == [[(token_ids[-1] + 59) % V] for token_ids in ids.values()]
+    assert all(head.seen[slot] == list(enumerate(token_ids[1:])) for slot, token_ids in ids.items())
+
+
+def test_few_states_are_run_with_the_guess() -> None:
+    head = PairingHead()
+    proposer = MtpProposer(head, make_cache(1))
+    proposer.read([ask(0, [20, 21])])
+    proposer.observe(0, [20, 21, 22], 0, states(0, 2))
+    proposer.read([ask(0, [20, 21, 22])])
+    assert head.widths == []
+    proposer.propose([ask(0, [20, 21, 22])])
+    assert head.widths == [2]
 
 
 def test_a_prefix_that_was_taken_over_is_done_without() -> None:

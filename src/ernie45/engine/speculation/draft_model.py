@@ -15,6 +15,8 @@ from ernie45.engine.speculation.proposer import Ask
 from ernie45.memory.workspace import PREFILL_CHUNK_TOKENS
 
 MAX_TOKENS = 8
+# A draft lacks the token that was drawn last and, where all guesses were right, the last of these.
+_LACKS = 2
 
 
 @final
@@ -34,20 +36,21 @@ class DraftModel:
         self._context_tokens = context_tokens
         self._rows: dict[int, _Row] = {}
 
+    def read(self, asks: Sequence[Ask]) -> None:
+        behind = [(ask, missing[:-1]) for ask in asks if len(missing := self._missing(ask)) > _LACKS]
+        budget = PREFILL_CHUNK_TOKENS
+        parts = []
+        for ask, token_ids in sorted(behind, key=lambda part: len(part[1])):
+            if budget:
+                parts.append((ask, token_ids[:budget]))
+                budget -= len(token_ids[:budget])
+        if parts:
+            self._run(parts, is_wanted=False)
+
     def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
         proposals: list[list[int]] = [[] for _ in asks]
-        rows = [self._follow(ask) for ask in asks]
-        missing = [ask.token_ids[len(row.ids) :] for ask, row in zip(asks, rows, strict=True)]
-        budget = PREFILL_CHUNK_TOKENS
-        ready: list[int] = []
-        for place in sorted(range(len(asks)), key=lambda place: len(missing[place])):
-            if len(asks[place].token_ids) + asks[place].most > self._context_tokens:
-                continue
-            if len(missing[place]) <= budget:
-                ready.append(place)
-            elif budget:
-                self._run([(asks[place], missing[place][:budget])], is_wanted=False)
-            budget = max(0, budget - len(missing[place]))
+        missing = [self._missing(ask) for ask in asks]
+        ready = [place for place, token_ids in enumerate(missing) if 0 < len(token_ids) <= _LACKS]
         runs = [(asks[place], missing[place]) for place in ready]
         while runs:
             logits = self._run(runs, is_wanted=True)
@@ -64,8 +67,11 @@ class DraftModel:
         if slot in self._rows:
             self._rows[slot].num_agreed = 0
 
-    def _follow(self, ask: Ask) -> _Row:
-        """Have the slot hold nothing but tokens of the sequence, and not its last, whose logits are wanted."""
+    def _missing(self, ask: Ask) -> Sequence[int]:
+        """Have the slot hold nothing but tokens of the sequence -> those after them, the last at least, whose logits
+        are wanted; none where the context has no room for guesses."""
+        if len(ask.token_ids) + ask.most > self._context_tokens:
+            return []
         row = self._rows.setdefault(ask.slot, _Row())
         most = min(len(row.ids), len(ask.token_ids) - 1)
         agreed = row.num_agreed
@@ -73,7 +79,7 @@ class DraftModel:
             agreed += 1
         del row.ids[agreed:]
         row.num_agreed = agreed
-        return row
+        return ask.token_ids[agreed:]
 
     def _run(self, parts: Sequence[tuple[Ask, Sequence[int]]], *, is_wanted: bool) -> Tensor:
         """Run tokens of these sequences after what their slots hold -> logits [B, V] after the last of each"""

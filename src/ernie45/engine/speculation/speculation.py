@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Protocol, final, runtime_checkable
 
 from torch import Tensor
 
@@ -23,6 +23,16 @@ class Checked:
     num_accepted: int
 
 
+@runtime_checkable
+class Reader(Protocol):
+    """A proposer that reads what came before it can guess."""
+
+    def read(self, asks: Sequence[Ask]) -> None:
+        """Read what it lacks of these sequences, or some of it: `propose` follows, whose time alone is that of
+        guesses."""
+        ...
+
+
 @final
 class Speculation:
     """Guesses with `proposer` for the sequences of an engine. `num_proposed` and `num_accepted` count all tokens."""
@@ -38,7 +48,6 @@ class Speculation:
     def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
         """Guesses for each sequence, none where they would not pay; `most` is what the sequence has room for."""
         assert self._proposer is not None
-        started = time.perf_counter()
         cost = self._times.cost(max(1, len(asks)))
         share = min(self._proposer.max_tokens, MAX_STEP_GUESSES // max(1, len(asks)))
         wanted = {}
@@ -48,9 +57,13 @@ class Speculation:
             if most:
                 wanted[place] = replace(ask, most=most)
         proposals: list[list[int]] = [[] for _ in asks]
-        if wanted:
-            for place, proposed in zip(wanted, self._proposer.propose(list(wanted.values())), strict=True):
-                proposals[place] = proposed
+        if not wanted:
+            return proposals
+        if isinstance(self._proposer, Reader):
+            self._proposer.read(list(wanted.values()))
+        started = time.perf_counter()
+        for place, proposed in zip(wanted, self._proposer.propose(list(wanted.values())), strict=True):
+            proposals[place] = proposed
         num_tokens = sum(map(len, proposals))
         if num_tokens:
             self._times.note_guesses(num_tokens=num_tokens, seconds=time.perf_counter() - started)

@@ -91,6 +91,7 @@ static void choose_experts(void *context, int64_t row) {
 
 static int route(const E45Norm *norm, const E45Router *router, const void *x, int64_t num_tokens, int64_t dtype,
                  int64_t *chosen, float *shares) {
+    if (!num_tokens) return 0;
     float *logits = pool_workspace(num_tokens * router->num_experts * 4);
     if (!logits) return -1;
     /* Few rows are shared out by experts, too: a router's weights are read at the rate of one thread otherwise. */

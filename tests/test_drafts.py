@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ernie45 import ErnieModel, catalogue, loading, plan_memory
+from ernie45.checkpoint.resolve import resolve
 from ernie45.engine.speculation.control import StepCost, StepTimes
 from ernie45.engine.speculation.lookup import PromptLookup
 from ernie45.engine.speculation.proposer import Ask
@@ -178,7 +180,7 @@ def test_the_head_is_read_in_every_layout(tmp_path: Path, layout: Any) -> None:
     assert reply.usage.draft_tokens > 0
 
 
-@pytest.mark.parametrize("draft", ["", "  ", 3, True, ["lookup"]])
+@pytest.mark.parametrize("draft", ["", "  ", 3, True, ["lookup"], np.array([1, 2])])
 def test_what_names_no_draft_is_refused(draft: Any) -> None:
     with pytest.raises(InvalidRequestError, match="draft=") as caught:
         ErnieModel.from_pretrained(DENSE, draft=draft)
@@ -202,6 +204,30 @@ def test_whatever_fails_with_a_draft_is_said_to_be_about_it(tmp_path: Path, smal
     (broken / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"draft='.*broken': .* has no config.json"):
         ErnieModel.from_pretrained(small_folder_path, device="cpu", draft=broken)
+
+
+def test_faults_of_the_model_are_not_said_to_be_about_the_draft(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no config\.json") as caught:
+        ErnieModel.from_pretrained(tmp_path, device="cpu", draft=DENSE)
+    assert "draft=" not in caught.value.message
+    broken = Path(shutil.copytree(built_in(DENSE), tmp_path / "broken"))
+    (broken / "tokenizer.model").write_bytes(b"no pieces")
+    with pytest.raises(ErnieError, match=r"tokenizer\.model") as damaged:
+        ErnieModel.from_pretrained(broken, device="cpu", draft=DENSE)
+    assert "draft=" not in damaged.value.message
+
+
+def test_a_draft_is_not_fetched_for_a_folder_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(name: str, **options: Any) -> Path:
+        if name == "hub/small":
+            pytest.fail("the draft would be fetched now")
+        return resolve(name, **options)
+
+    monkeypatch.setattr(loading, "resolve", fetch)
+    with pytest.raises(OutOfMemoryError):
+        ErnieModel.from_pretrained(MOE, device="cpu", draft="hub/small", memory="1MiB")
+    with pytest.raises(ErnieError, match="context_tokens"):
+        ErnieModel.from_pretrained(MOE, device="cpu", draft="hub/small", context_tokens=10**7)
 
 
 def test_a_draft_is_compared_before_weights_are_fetched(
@@ -256,6 +282,7 @@ def test_a_checkpoint_without_a_head_says_so() -> None:
     with pytest.raises(UnsupportedError, match=r"draft='mtp'.*mtp_linear_proj") as caught:
         ErnieModel.from_pretrained(DENSE, device="cpu", draft="mtp")
     assert "lookup" in caught.value.hint
+    assert "saved again" in caught.value.hint
     with pytest.raises(UnsupportedError, match="is not a text model"):
         ErnieModel.from_pretrained("ernie45/tiny-vl", device="cpu", draft="mtp")
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import math
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from ernie45 import ErnieModel, InvalidRequestError, OutOfMemoryError, Prompt, scoring
 from ernie45.kernels.library import native_library
 from ernie45.memory.workspace import PREFILL_CHUNK_TOKENS, SCORED_ROWS
-from ernie45.runners.base import wait_until_ready
+from ernie45.runners.base import Handle, wait_until_ready
 from ernie45.runners.scripted import ScriptedRunner
 from ernie45.types.requests import TokenRequest
 
@@ -87,12 +89,45 @@ def test_logits_of_few_rows_are_in_memory_at_a_time(preset: str) -> None:
             assert all(torch.equal(model.logits(ids, positions=[place])[0], whole[place]) for place in (0, 15, 530))
 
 
-def test_a_score_has_the_bits_of_logsumexp() -> None:
+def test_a_cancelled_request_computes_no_more_logits(long_model: ErnieModel) -> None:
+    calls: list[int] = []
+
+    def cancel(logits: torch.Tensor) -> None:
+        calls.append(len(logits))
+        submitted.wait()
+        handle.cancel()
+
+    submitted = threading.Event()
+    ids = tuple((7 * n) % 300 for n in range(PREFILL_CHUNK_TOKENS))
+    asked = TokenRequest(token_ids=ids, logit_positions=tuple(range(len(ids))), on_logits=cancel)
+    handle = long_model._loaded.runner.submit(asked)
+    submitted.set()
+    wait_until_ready(handle)
+    event = handle.poll()
+    assert event is not None
+    assert event.finish_reason == "cancelled"
+    assert calls == [SCORED_ROWS]
+    assert long_model.score([5, 6]).token_ids == (5, 6), "the engine goes on"
+
+
+def test_a_runner_that_gives_too_few_logits_is_found_out() -> None:
+    class Silent:
+        def submit(self, request: TokenRequest) -> Handle:
+            return ScriptedRunner([[]]).submit(dataclasses.replace(request, logit_positions=None))
+
+        def close(self) -> None: ...
+
+    prompt = Prompt(text="", token_ids=(1, 2, 3))
+    with pytest.raises(RuntimeError, match=r"Silent.*of 3 positions, it gave on_logits the logits of 0"):
+        scoring.prompt_logits(Silent(), prompt, None, 10)
+
+
+def test_a_score_is_what_its_logits_say() -> None:
     ids = [(7 * n) % 300 for n in range(200)]
     with ErnieModel.from_pretrained("ernie45/tiny-dense", device="cpu", progress=False) as model:
-        logits = model.logits(ids)[:-1]
+        logits = model.logits(ids)[:-1].double()
         chosen = logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-        assert list(model.score(ids).logprobs) == (chosen - logits.logsumexp(1)).tolist()
+        assert model.score(ids).logprobs == pytest.approx((chosen - logits.logsumexp(1)).tolist(), rel=1e-6, abs=3e-6)
 
 
 def test_logits_that_would_not_fit_are_refused_before_the_model_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,16 +17,17 @@ from ernie45.engine.speculation.proposer import Proposer
 from ernie45.engine.speculation.speculation import Speculation
 from ernie45.memory.budget import KVDtype
 from ernie45.memory.draft import (
-    MTP_PROJECTION,
     Draft,
     another,
     check_draft_spec,
     check_mtp,
+    has_mtp_head,
     is_model,
     naming_draft,
 )
 from ernie45.memory.plan import MemoryPlan
-from ernie45.tokenizer import load_tokenizer
+from ernie45.spec import ModelSpec
+from ernie45.tokenizer import Tokenizer, load_tokenizer
 from ernie45.types.placement import Placement
 
 
@@ -39,10 +40,14 @@ def find_draft(draft: Draft, model_folder: Path, fetch: Callable[..., Path]) -> 
     """
     if draft is None or not is_model(draft):
         return None
+    spec, tokenizer = _read(model_folder)  # its own faults are not the draft's
     compared: list[Path] = []
 
     def compare(folder: Path) -> None:
-        _check_draft_model(model_folder, folder)
+        draft_spec, draft_tokenizer = _read(folder)
+        check_draft_spec(spec, draft_spec)
+        if tokenizer is not None and draft_tokenizer is not None:
+            _check_tokens(tokenizer, draft_tokenizer)
         compared.append(folder)
 
     with naming_draft(draft):
@@ -52,15 +57,12 @@ def find_draft(draft: Draft, model_folder: Path, fetch: Callable[..., Path]) -> 
     return folder
 
 
-def _check_draft_model(folder: Path, draft_folder: Path) -> None:
-    specs = []
-    for each in (folder, draft_folder):
-        config = read_config(each)
-        specs.append(find_architecture(config).parse_spec(config))
-    check_draft_spec(*specs)
-    tokenizer, draft_tokenizer = load_tokenizer(folder), load_tokenizer(draft_folder)
-    if tokenizer is None or draft_tokenizer is None:
-        return
+def _read(folder: Path) -> tuple[ModelSpec, Tokenizer | None]:
+    config = read_config(folder)
+    return find_architecture(config).parse_spec(config), load_tokenizer(folder)
+
+
+def _check_tokens(tokenizer: Tokenizer, draft_tokenizer: Tokenizer) -> None:
     if tokenizer.size != draft_tokenizer.size:
         raise another(f"tokenizer of {draft_tokenizer.size} tokens", f"one of {tokenizer.size}")
     for token_id in range(tokenizer.size):
@@ -73,7 +75,7 @@ def check_head(draft: Draft, build: BuildBackend, names: Collection[str] | None,
     """Raises UnsupportedError for draft="mtp" where the checkpoint in `folder`, of tensors with these `names` if they
     are known, has no such head, or is none of the text models."""
     if draft == "mtp":
-        has_head = names is None or any(MTP_PROJECTION in name for name in names)
+        has_head = names is None or has_mtp_head(names)
         check_mtp(is_text=build is build_text, has_head=has_head, model=f"the model in {folder}")
 
 

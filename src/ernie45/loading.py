@@ -31,7 +31,7 @@ from ernie45.engine.speculation.speculation import Speculation
 from ernie45.errors import InvalidRequestError, ModelNotFoundError, UnsupportedError
 from ernie45.kernels.bitsandbytes import check_bitsandbytes
 from ernie45.memory.budget import DTYPE_BYTES, KVDtype, MemoryLimit, check_kv_dtype, parse_limits
-from ernie45.memory.draft import Draft, check_draft, naming_draft
+from ernie45.memory.draft import Draft, check_draft, is_model, naming_draft
 from ernie45.memory.estimate import estimate_sites
 from ernie45.memory.machine import host_bytes
 from ernie45.memory.placement import DeviceMemory, within_host
@@ -324,7 +324,9 @@ def _find(
         drafts[folder] = find_draft(options.draft, folder, fetch)
 
     folder = fetch(name_or_path, revision=options.revision, check=check)
-    return folder, drafts[folder] if folder in drafts else find_draft(options.draft, folder, fetch)
+    if is_model(options.draft) and folder not in drafts:  # the model was not fetched
+        check(folder)
+    return folder, drafts.get(folder)
 
 
 def _draft_needs(options: LoadOptions, draft: _Checked | None = None) -> DraftNeeds | None:

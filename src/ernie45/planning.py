@@ -27,7 +27,7 @@ from ernie45.memory.budget import (
     check_kv_dtype,
     parse_limits,
 )
-from ernie45.memory.draft import MTP_PROJECTION, Draft, check_draft, check_draft_spec, check_mtp, is_model, naming_draft
+from ernie45.memory.draft import Draft, check_draft, check_draft_spec, check_mtp, has_mtp_head, is_model, naming_draft
 from ernie45.memory.estimate import PartBytes, stored_weights
 from ernie45.memory.machine import has_cuda_driver, host_bytes
 from ernie45.memory.placement import DeviceMemory
@@ -152,7 +152,7 @@ def _has_mtp(model: _Model) -> bool:
     """Whether there is a head for multi-token prediction: as the files say, else the config."""
     if model.index is None:
         return model.spec.num_mtp_layers > 0
-    return any(MTP_PROJECTION in name for name in model.index.tensors)
+    return has_mtp_head(model.index.tensors)
 
 
 def measured(plan: MemoryPlan) -> MemoryPlan:

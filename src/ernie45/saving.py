@@ -10,17 +10,17 @@ from pathlib import Path
 import torch
 
 from ernie45.backends.base import BuildOptions
-from ernie45.backends.mtp import PROJECTION
-from ernie45.backends.registry import find_architecture
+from ernie45.backends.registry import Architecture, find_architecture
 from ernie45.checkpoint.adapter import Adapter
-from ernie45.checkpoint.open import open_checkpoint, read_config
+from ernie45.checkpoint.open import Checkpoint, open_checkpoint, open_survey, read_config
 from ernie45.checkpoint.origin import Origin
 from ernie45.checkpoint.packing import PackPlan, plan_packing, write_packed
 from ernie45.checkpoint.passing_thread import on_passing_thread
 from ernie45.checkpoint.progress import byte_progress
 from ernie45.checkpoint.read import TensorSource
 from ernie45.checkpoint.write import DEFAULT_SHARD_BYTES, destination_folder
-from ernie45.errors import UnsupportedError
+from ernie45.errors import TensorError, UnsupportedError
+from ernie45.memory.draft import has_mtp_head
 from ernie45.presets import QuantPreset
 from ernie45.types.placement import Placement
 
@@ -49,7 +49,7 @@ def save_checkpoint(
     """Write the checkpoint in `source` with a preset, and an adapter merged, to a new or empty folder. Returns what was
     written.
 
-    The head for multi-token prediction is written where there is one, whether the model was loaded with it or not.
+    The head for multi-token prediction is written where it is whole, whether the model was loaded with it or not.
     `dtype` is what a model computes in: matrices are rounded to it before they are quantised, and adapted tensors are
     stored in it. None is the checkpoint's.
 
@@ -70,7 +70,7 @@ def save_checkpoint(
     )
 
     def build(tensors: TensorSource) -> object:
-        mtp = f"{PROJECTION}.weight" in tensors
+        mtp = _has_whole_head(architecture, checkpoint, adapter, options)
         return architecture.build(spec, tensors, replace(options, mtp=mtp))
 
     plan = on_passing_thread(
@@ -88,3 +88,17 @@ def save_checkpoint(
     with byte_progress(f"Saving {folder.name}", plan.files.weight_bytes, show=progress) as advance:
         on_passing_thread(lambda advance: write_packed(plan, folder, advance=advance), advance)
     return plan
+
+
+def _has_whole_head(
+    architecture: Architecture, checkpoint: Checkpoint, adapter: Adapter | None, options: BuildOptions
+) -> bool:
+    """Whether the checkpoint would load with its head for multi-token prediction."""
+    if not has_mtp_head(checkpoint.index.tensors):
+        return False
+    source, _ = open_survey(checkpoint, adapter)
+    try:
+        architecture.build(checkpoint.spec, source, replace(options, mtp=True))
+    except TensorError:  # not swallowed: a fault elsewhere is raised by the build without the head
+        return False
+    return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,16 +65,17 @@ def prompt_score(runner: Runner, prompt: Prompt) -> Score:
             f"a score needs at least two tokens, not {len(prompt)}",
             hint="the first token has nothing before it",
         )
-    following = torch.tensor(prompt.token_ids[1:], device="cpu")
+    following = np.array(prompt.token_ids[1:])
     logprobs: list[float] = []
 
     def add(logits: Tensor) -> None:
-        logits = logits.cpu()
-        next_ids = following[len(logprobs) : len(logprobs) + len(logits), None]
-        chosen, largest = logits.gather(1, next_ids)[:, 0], logits.amax(1, keepdim=True)
+        # By numpy: torch's threads would look for more work on the processors of the native kernels.
+        rows = logits.cpu().numpy()
+        next_ids = following[len(logprobs) : len(logprobs) + len(rows)]
+        chosen, largest = rows[np.arange(len(rows)), next_ids], rows.max(axis=1)
         # logsumexp in place: nothing else of a step is as large as its logits.
-        totals = logits.sub_(largest).exp_().sum(1).log_() + largest[:, 0]
-        logprobs.extend((chosen - totals).tolist())
+        np.exp(np.subtract(rows, largest[:, None], out=rows), out=rows)
+        logprobs.extend((chosen - (np.log(rows.sum(axis=1)) + largest)).tolist())
 
     _score(runner, prompt, range(len(prompt) - 1), add)
     return Score(
@@ -85,9 +87,16 @@ def prompt_score(runner: Runner, prompt: Prompt) -> Score:
 
 def _score(runner: Runner, prompt: Prompt, positions: Sequence[int], on_logits: Callable[[Tensor], None]) -> None:
     """Run the prompt, with the logits of ascending `positions` to `on_logits`, a few at a time."""
+    num_rows = 0
+
+    def hand_on(logits: Tensor) -> None:
+        nonlocal num_rows
+        num_rows += len(logits)
+        on_logits(logits)
+
     handle = runner.submit(
         TokenRequest(
-            token_ids=prompt.token_ids, media=prompt.media, logit_positions=tuple(positions), on_logits=on_logits
+            token_ids=prompt.token_ids, media=prompt.media, logit_positions=tuple(positions), on_logits=hand_on
         )
     )
     try:
@@ -95,6 +104,11 @@ def _score(runner: Runner, prompt: Prompt, positions: Sequence[int], on_logits: 
             wait_until_ready(handle)
     finally:
         handle.cancel()
+    if num_rows != len(positions):
+        raise RuntimeError(
+            f"a bug in {type(runner).__module__}.{type(runner).__qualname__}, please report it: of {len(positions)} "
+            f"positions, it gave on_logits the logits of {num_rows}"
+        )
 
 
 def _checked(positions: Sequence[int], num_tokens: int) -> list[int]:

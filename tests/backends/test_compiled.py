@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -14,8 +16,9 @@ from torch._dynamo.utils import counters
 
 from ernie45 import ErnieModel, QuantPreset, SamplingOptions
 from ernie45.backends import compiled
-from ernie45.backends.base import BuildOptions
+from ernie45.backends.base import Batch, BuildOptions
 from ernie45.backends.compiled import CompiledStage, compile_layers
+from ernie45.backends.decoder import Attention, Stage
 from ernie45.backends.text import TextBackend
 from ernie45.backends.vision_language import VisionLanguageBackend
 from ernie45.backends.weights import WeightBuilder
@@ -156,6 +159,16 @@ def test_on_a_cpu_nothing_is_compiled() -> None:
     assert num_compiled() == before
 
 
+def test_on_a_cpu_the_compiler_is_not_imported() -> None:
+    code = (
+        "import sys; from ernie45 import ErnieModel; "
+        "ErnieModel.from_pretrained('ernie45/tiny-dense', device='cpu', progress=False).close(); "
+        "assert 'torch._inductor.compile_fx' not in sys.modules; "
+        "assert 'torch._dynamo.convert_frame' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def broken(*arguments: object, **options: object) -> NoReturn:
     raise RuntimeError("no compiler on this machine\nwith details")
 
@@ -171,6 +184,31 @@ def test_where_compiling_fails_a_warning_says_why_and_replies_are_the_same(reque
     with model:
         assert replies(model) == expected
     assert len(warned) == 1
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("fault", [torch.OutOfMemoryError, ValueError])
+def test_a_step_that_fails_ends_its_request_and_not_compiling(
+    fault: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend = Attention.attend
+
+    def fail(self: Attention, query: torch.Tensor, *others: Any) -> torch.Tensor:
+        if len(query) > 100:
+            raise fault("too many tokens")
+        return attend(self, query, *others)
+
+    def not_compiled(self: Stage, x: torch.Tensor, batch: Batch) -> NoReturn:
+        pytest.fail("compiling was given up")
+
+    with load() as model, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = replies(model)
+        monkeypatch.setattr(Attention, "attend", fail)
+        with pytest.raises(fault, match="too many tokens"):
+            model.generate([5] * 200, **GREEDY)
+        monkeypatch.setattr(Stage, "__call__", not_compiled)
+        assert replies(model) == expected
 
 
 @pytest.mark.usefixtures("on_cpu")

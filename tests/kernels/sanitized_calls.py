@@ -66,6 +66,9 @@ def main() -> None:
             for dtype in DTYPES:
                 for hidden, num_tokens in ((32, 1), (96, 7), (160, 98)):
                     call_all(native, scheme, dtype, hidden, num_tokens)
+            # As many panels as two or three of them a task take.
+            wide, x = Mlp.draw((scheme, scheme), 1056, 3136, bias=True), random(2, 1056)
+            native.mlp(Norm(1056).struct, wide.struct, x)
         run_models()
 
 

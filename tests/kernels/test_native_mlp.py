@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from ernie45.kernels.native import Kernels
+from ernie45.kernels.library import set_threads
+from ernie45.kernels.native import Kernels, trim
 from ernie45.kernels.ops import route
 from tests.kernels.panel_matrices import DTYPES, SCHEMES, Bank, Mlp, Norm, Router, choice, random
 
@@ -75,6 +77,36 @@ def test_experts(
     assert_added(x, before, added if beside is None else added + beside(norm(before)))
 
 
+@pytest.fixture
+def one_thread(each_set: Kernels) -> Iterator[Kernels]:
+    """So that tasks are few and each has several panels, as in matrices that are wider than a test's."""
+    set_threads(1)
+    yield each_set
+    set_threads(torch.get_num_threads())
+
+
+@pytest.mark.parametrize("num_tokens", [3, 40])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_several_panels_a_task(one_thread: Kernels, scheme: str, num_tokens: int) -> None:
+    mlp, norm = Mlp.draw((scheme, scheme), 1056, 1088, bias=True), Norm(1056)
+    before = random(num_tokens, 1056, seed=9)
+    x = before.clone()
+    one_thread.mlp(norm.struct, mlp.struct, x)
+    assert_added(x, before, mlp(norm(before)))
+
+
+@pytest.mark.parametrize("num_tokens", [2, 60])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_several_panels_of_an_expert_a_task(one_thread: Kernels, scheme: str, num_tokens: int) -> None:
+    bank, norm = Bank([Mlp.draw((scheme, scheme), 544, 320, seed=i) for i in range(5)]), Norm(544)
+    beside = Mlp.draw((scheme, scheme), 544, 576, seed=99)
+    chosen, shares = choice(num_tokens, 5, 3)
+    before = random(num_tokens, 544, seed=9)
+    x = before.clone()
+    one_thread.experts(norm.struct, bank.table, beside.struct, chosen, shares, x)
+    assert_added(x, before, bank(norm(before), chosen, shares) + beside(norm(before)))
+
+
 def test_experts_of_every_scheme_at_once(each_set: Kernels) -> None:
     pairs = [("int4", "int4"), ("none", "int8"), ("int8", "int4"), ("int4", "none")]
     bank = Bank([Mlp.draw(pair, 128, 64, seed=7 * i) for i, pair in enumerate(pairs)])
@@ -101,6 +133,7 @@ def test_no_tokens(native: Kernels, scheme: str) -> None:
     bank, norm, router = Bank([Mlp.draw((scheme, scheme), 64, 64)] * 3), Norm(64), Router(3, 64, 2)
     for dtype in DTYPES:
         x = torch.empty((0, 64), dtype=dtype)
+        trim()  # there is no workspace then
         native.mlp(norm.struct, bank.experts[0].struct, x)
         native.experts(norm.struct, bank.table, None, *NO_CHOICE, x)
         chosen, shares = native.route(norm.struct, router.struct, x)

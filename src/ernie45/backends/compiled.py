@@ -93,9 +93,13 @@ class CompiledStage:
         if not self._failed and (self._parts is not None or _compiling.get()):
             try:
                 return self._run(x, batch)
-            except Exception as reason:  # not swallowed: what is wrong with the step itself is raised once more below
+            except torch.OutOfMemoryError:  # of a large step: compiling is not to blame
+                raise
+            except Exception as reason:  # not swallowed: what is wrong with the step itself is raised here once more
+                computed = self._stage(x, batch)
                 self._failed = True
                 _warn(self.device, reason)
+                return computed
         return self._stage(x, batch)
 
     def _run(self, x: Tensor, batch: Batch) -> Tensor:

@@ -308,7 +308,10 @@ class WeightBuilder:
                 )
             quantised = self.quantised(parts, in_features, part=part)
             if quantised is not None:
-                return build_packed_linear(quantised, bias, self.dtype, self._memory, in_place=True)
+                linear = build_packed_linear(quantised, bias, self.dtype, self._memory, in_place=True)
+                # Codes that were rounded into the staging buffer must have been copied from there.
+                assert isinstance(linear, PanelLinear) or not takes_panels(self.dtype, self.device, in_features)
+                return linear
         scheme = None if part == "vision" else self.options.preset.scheme(part, in_features)
         if scheme == "nf4":
             return Nf4Linear(self.staged(in_features, parts).to(self.device), bias)

@@ -128,8 +128,12 @@ class Sequence:
             self._forced_ids.extend(limit.closing_ids)
 
     def score(self, pieces: Iterable[Tensor]) -> None:
-        """Hand on logits [n, V] of the next wanted positions; the prompt's last chunk ends the request."""
+        """Hand on logits [n, V] of the next wanted positions, as long as the reader has not cancelled; the prompt's
+        last chunk ends the request."""
         for logits in pieces:
+            if self.stream.cancelled:
+                self.cancel()
+                return
             if self.request.on_logits is not None:
                 self.request.on_logits(logits)
             del logits  # before the next are made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from ernie45.checkpoint.resolve import named_folder
@@ -14,9 +14,7 @@ Draft = str | os.PathLike[str] | None
 """None guesses nothing, "lookup" copies from the prompt, "mtp" is the checkpoint's own head; else a model's name or
 folder."""
 
-MTP_PROJECTION = "mtp_linear_proj.0."
-"""What the names of one of the head's tensors contain, in every layout."""
-
+_MTP_PROJECTION = "mtp_linear_proj.0."  # in the names of one of the head's tensors, in every layout
 _OWN = ("lookup", "mtp")
 _SMALLER = "use a smaller model of the same family, such as ERNIE-4.5-0.3B-PT for ERNIE-4.5-21B-A3B-PT"
 
@@ -24,15 +22,16 @@ _SMALLER = "use a smaller model of the same family, such as ERNIE-4.5-0.3B-PT fo
 def check_draft(draft: object) -> None:
     """Raises InvalidRequestError for what names nothing that guesses, ModelNotFoundError for a folder that is not
     there."""
-    if draft is None or draft in _OWN:
+    if draft is None:
         return
     if not isinstance(draft, (str, os.PathLike)) or not str(draft).strip():
         raise InvalidRequestError(
             f"draft={draft!r:.100} names nothing that guesses tokens",
             hint='use "lookup", "mtp", the name or folder of a small model with the same tokenizer, or None',
         )
-    with naming_draft(draft):
-        named_folder(draft)
+    if is_model(draft):
+        with naming_draft(draft):
+            named_folder(draft)
 
 
 def is_model(draft: Draft) -> bool:
@@ -40,14 +39,19 @@ def is_model(draft: Draft) -> bool:
     return draft is not None and draft not in _OWN
 
 
+def has_mtp_head(names: Iterable[str]) -> bool:
+    """Whether a checkpoint of tensors with these names has a head for multi-token prediction."""
+    return any(_MTP_PROJECTION in name for name in names)
+
+
 def check_mtp(*, is_text: bool, has_head: bool, model: str) -> None:
     """Raises UnsupportedError where `model` is no text model, or has no head for multi-token prediction."""
     if not is_text or not has_head:
-        found = f"has no tensor 'model.{MTP_PROJECTION}weight'" if is_text else "is not a text model"
+        found = f"has no tensor 'model.{_MTP_PROJECTION}weight'" if is_text else "is not a text model"
         raise UnsupportedError(
             f"draft='mtp' was asked for, but {model} {found}",
-            hint="the head comes with most text releases, but not with Thinking ones; "
-            'use draft="lookup", or a small model with the same tokenizer',
+            hint="the head comes with most text releases, but not with Thinking ones; a packed folder of an earlier "
+            'version lacks it until it is saved again; use draft="lookup", or a small model with the same tokenizer',
         )
 
 

@@ -17,7 +17,7 @@ PREFILL_CHUNK_TOKENS = 512
 """Most prompt tokens in a step. Prompts are run in chunks whose edges are multiples of this, whatever else is running,
 so that a prompt's numbers depend on the prompt alone."""
 
-SCORED_ROWS = 16
+SCORED_ROWS = 8
 """Most tokens of a prompt whose logits are in memory at a time, however many of them are wanted."""
 
 MAX_STEP_GUESSES = 16
@@ -115,7 +115,7 @@ def mtp_bytes(spec: ModelSpec, *, bytes_per_value: int, context_tokens: int, max
 
 def loading_bytes(spec: ModelSpec, preset: QuantPreset, *, bytes_per_value: int, native: bool = False) -> int:
     """Most bytes that loading needs beside the weights: the buffer that the widest matrix of a layer is read into
-    before it is packed or rounded, blocks of files, and scratch of rounding.
+    before it is packed or rounded, that of its codes, blocks of files, and scratch of rounding.
 
     Embedding and head are rounded block by block. What stays in the model's dtype is read into its place with `native`
     kernels.
@@ -125,7 +125,9 @@ def loading_bytes(spec: ModelSpec, preset: QuantPreset, *, bytes_per_value: int,
         return _READ_BYTES
     hidden = spec.hidden_size
     widest = max(2 * spec.intermediate_size, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)
-    return widest * hidden * bytes_per_value + _READ_BYTES + rounding
+    # The kernels copy int4 codes to their place, between the scales.
+    codes = widest * hidden // 2 if native and "int4" in (preset.linear, preset.experts) else 0
+    return widest * hidden * bytes_per_value + codes + _READ_BYTES + rounding
 
 
 def _rounding_bytes(preset: QuantPreset) -> int:

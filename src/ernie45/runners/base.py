@@ -30,7 +30,11 @@ class Handle(Protocol):
 
 
 class Runner(Protocol):
-    """Turns requests into token events. `submit` may be called from any thread and returns at once."""
+    """Turns requests into token events. `submit` may be called from any thread and returns at once.
+
+    A request with `logit_positions` is to have the logits of each of them given to its `on_logits`, and after that one
+    event, with a `finish_reason` and no token.
+    """
 
     def submit(self, request: TokenRequest) -> Handle: ...
 

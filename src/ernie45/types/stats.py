@@ -13,8 +13,8 @@ class ModelStats:
     """What was measured of one model.
 
     `load_stages` are seconds by stage, in order: "find" (the folder, with downloads), "check" (config, headers, plan),
-    "tokenizer", "weights" (reading and quantising `read_bytes` bytes of files) and "engine". With `draft=`,
-    `draft_tokens` were guessed so far, `accepted_draft_tokens` of them rightly.
+    "tokenizer", "weights" (reading and quantising `read_bytes` bytes of files), "compile" (where layers are compiled)
+    and "engine". With `draft=`, `draft_tokens` were guessed so far, `accepted_draft_tokens` of them rightly.
     """
 
     load_stages: Mapping[str, float]

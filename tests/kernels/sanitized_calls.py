@@ -67,8 +67,8 @@ def main() -> None:
                 for hidden, num_tokens in ((32, 1), (96, 7), (160, 98)):
                     call_all(native, scheme, dtype, hidden, num_tokens)
             # As many panels as two or three of them a task take.
-            wide, x = Mlp.draw((scheme, scheme), 1056, 3136, bias=True), random(2, 1056)
-            native.mlp(Norm(1056).struct, wide.struct, x)
+            norm, wide = Norm(1056), Mlp.draw((scheme, scheme), 1056, 3136, bias=True)
+            native.mlp(norm.struct, wide.struct, random(2, 1056))
         run_models()
 
 

@@ -51,10 +51,10 @@ INLINE void vi_store(void *p, vi x) { _mm512_storeu_si512(p, x); }
 INLINE vi vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
 INLINE vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 INLINE vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
-/* vi_byte: byte n of each lane, signed */
 INLINE vi vi_shift4(vi a) { return _mm512_srli_epi32(a, 4); }
 INLINE vf vf_of_int(vi a) { return _mm512_cvtepi32_ps(a); }
 INLINE vi vi_of_float(vf a) { return _mm512_cvtps_epi32(a); } /* to the nearest */
+/* byte n of each lane, signed */
 INLINE vi vi_byte(vi a, int n) { return _mm512_srai_epi32(_mm512_sllv_epi32(a, vi_set1(24 - 8 * n)), 24); }
 INLINE vf vf_load_bf16(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16));

@@ -45,6 +45,9 @@ class Guessing:
         self._guess = guess
         self.slots: list[list[int]] = []
 
+    def read(self, asks: Sequence[Ask]) -> None:
+        pass
+
     def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
         self.slots.append([ask.slot for ask in asks])
         return [self._guess(ask)[: ask.most] for ask in asks]

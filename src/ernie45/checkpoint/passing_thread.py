@@ -29,6 +29,8 @@ def on_passing_thread(work: Callable[[Advance], T], advance: Advance) -> T:
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ernie45-weights") as pool:
         try:
+            # The thread is there before the work is: one that is interrupted as it starts is waited for by nobody.
+            pool.submit(int).result()
             return pool.submit(work, advance_or_stop).result()
         except BaseException:
             stopping.set()

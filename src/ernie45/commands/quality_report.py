@@ -66,7 +66,7 @@ class QualityReport:
     def __str__(self) -> str:
         tables = [text_table([_HEADER, *map(_row, self.rows)])]
         if self.num_items:
-            tables.append(self._tasktext_table())
+            tables.append(self._task_table())
         lines = [
             f"{self.model}, compared with {self.reference.preset!r} "
             f"(keys and values: {self.reference.kv_dtype}); scored: {self.texts}, {self.num_tokens:,} tokens",
@@ -76,7 +76,7 @@ class QualityReport:
             lines.append(f"note: LOGITS ERROR is of the first {self.num_compared:,} tokens")
         return "\n\n".join(["\n".join(lines), *tables])
 
-    def _tasktext_table(self) -> str:
+    def _task_table(self) -> str:
         names = [f"{row.preset}, kv {row.kv_dtype}" if row.kv_dtype != "auto" else row.preset for row in self.rows]
         lines = [
             [task, *(f"{100 * row.num_right[task] / self.num_items:.1f}" for row in self.rows)]

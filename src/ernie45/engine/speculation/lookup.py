@@ -30,6 +30,9 @@ class PromptLookup:
     def __init__(self) -> None:
         self._histories: dict[int, _History] = {}
 
+    def read(self, asks: Sequence[Ask]) -> None:
+        """Takes no time of its own: `propose` does it."""
+
     def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
         proposals = []
         for ask in asks:

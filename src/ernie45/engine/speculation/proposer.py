@@ -38,6 +38,11 @@ class Proposer(Protocol):
         """Whether `observe` needs the model's states."""
         ...
 
+    def read(self, asks: Sequence[Ask]) -> None:
+        """Read what it lacks of these sequences, or some of it: `propose` follows, whose time alone is that of
+        guesses."""
+        ...
+
     def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
         """The next tokens of each sequence: up to `most`, or none."""
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, final, runtime_checkable
+from typing import final
 
 from torch import Tensor
 
@@ -21,16 +21,6 @@ class Checked:
     slot: int
     num_proposed: int
     num_accepted: int
-
-
-@runtime_checkable
-class Reader(Protocol):
-    """A proposer that reads what came before it can guess."""
-
-    def read(self, asks: Sequence[Ask]) -> None:
-        """Read what it lacks of these sequences, or some of it: `propose` follows, whose time alone is that of
-        guesses."""
-        ...
 
 
 @final
@@ -59,10 +49,10 @@ class Speculation:
         proposals: list[list[int]] = [[] for _ in asks]
         if not wanted:
             return proposals
-        if isinstance(self._proposer, Reader):
-            self._proposer.read(list(wanted.values()))
+        asked = list(wanted.values())
+        self._proposer.read(asked)
         started = time.perf_counter()
-        for place, proposed in zip(wanted, self._proposer.propose(list(wanted.values())), strict=True):
+        for place, proposed in zip(wanted, self._proposer.propose(asked), strict=True):
             proposals[place] = proposed
         num_tokens = sum(map(len, proposals))
         if num_tokens:

@@ -87,7 +87,8 @@ class VisionTokens:
 class Step:
     """What a step gives: `logits` float32 [M, V], one row for each wanted token, and `hidden` [N, h], the hidden states
     of all tokens before the final norm, where the batch wants them. Where it asks for logits in pieces, there may be
-    fewer rows in `logits`; the others are computed as `pieces` is iterated, [n, V] at a time."""
+    fewer rows in `logits`; the others are computed as `pieces` is iterated, [n, V] at a time, in the place of those
+    before."""
 
     logits: Tensor
     hidden: Tensor | None = None

@@ -190,8 +190,8 @@ class Layers(Protocol):
 class Head(Protocol):
     """The final norm and the output head [V, h]."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [M, h] -> float32 logits [M, V]"""
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [M, h] -> float32 logits [M, V], in `out` where that is given"""
         ...
 
 
@@ -200,8 +200,9 @@ class NormedHead:
     norm: Norm
     linear: Linear
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.linear(self.norm(x)).float()
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        logits = self.linear(self.norm(x))
+        return logits.float() if out is None else out.copy_(logits)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,6 +227,13 @@ class Decoder:
         hidden = x if batch.wants_hidden else None
         if batch.in_pieces or not len(batch.wanted):
             logits = torch.empty((0, self.spec.vocab_size), dtype=torch.float32, device=self.head_device)
-            pieces = (self.head(x[rows].to(self.head_device)) for rows in batch.wanted.split(SCORED_ROWS) if len(rows))
-            return Step(logits=logits, hidden=hidden, pieces=pieces)
+            return Step(logits=logits, hidden=hidden, pieces=self._pieces(x, batch.wanted))
         return Step(logits=self.head(x[batch.wanted].to(self.head_device)), hidden=hidden)
+
+    def _pieces(self, x: Tensor, wanted: Tensor) -> Iterator[Tensor]:
+        """Logits of a few rows at a time, each in the place of the one before: megabytes that the heap would else be
+        asked for again and again, and would keep more of than are ever in use."""
+        place = torch.empty((min(len(wanted), SCORED_ROWS), self.spec.vocab_size), device=self.head_device)
+        for rows in wanted.split(SCORED_ROWS):
+            if len(rows):
+                yield self.head(x[rows].to(self.head_device), out=place[: len(rows)])

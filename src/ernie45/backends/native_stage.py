@@ -188,8 +188,8 @@ class _NativeHead:
         self._native, self._linear = native, linear
         self._norm, self._weight = _norm(head.norm)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._native.head(self._norm, self._linear.struct, x.contiguous())
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return self._native.head(self._norm, self._linear.struct, x.contiguous(), out)
 
 
 def _attention_part(native: Kernels, norm: Norm, attention: Attention) -> AttentionPart | None:

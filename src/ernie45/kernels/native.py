@@ -223,9 +223,9 @@ class Kernels:
         addresses = ctypes.addressof(layers), ctypes.addressof(caches), len(layers), ctypes.addressof(batch)
         self._call("layers", *addresses, x.data_ptr(), _DTYPES[x.dtype])
 
-    def head(self, norm: NormStruct, matrix: MatrixStruct, x: Tensor) -> Tensor:
-        """x [M, h] -> logits float32 [M, V] of norm(x)"""
-        logits = torch.empty((len(x), matrix.out_features), dtype=torch.float32)
+    def head(self, norm: NormStruct, matrix: MatrixStruct, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [M, h] -> logits float32 [M, V] of norm(x), in `out` where that is given"""
+        logits = torch.empty((len(x), matrix.out_features), dtype=torch.float32) if out is None else out
         addresses = ctypes.addressof(norm), ctypes.addressof(matrix), x.data_ptr()
         self._call("head", *addresses, len(x), _DTYPES[x.dtype], logits.data_ptr())
         return logits

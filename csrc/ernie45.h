@@ -7,7 +7,7 @@
 #pragma once
 #include <stdint.h>
 
-#define E45_VERSION 2
+#define E45_VERSION 3
 #define E45_PANEL 64 /* outputs whose weights lie side by side */
 #define E45_GROUP 32 /* columns that share a scale in int4 */
 #define E45_RUN 4    /* groups whose scales are one dword */
@@ -75,6 +75,14 @@ typedef struct {
     float norm_min;
 } E45Router;
 
+/* The experts numbered `from` to `to` - 1, of which -1 is the shared MLP, where not all are in memory at once: calls for
+ * one range after the other, which together are all from -1 on, give the bits of one call for all. `sums` [N, h] is kept
+ * between them, and may be NULL in that one. x is changed in the last. */
+typedef struct {
+    int64_t from, to, num_experts;
+    float *sums;
+} E45Range;
+
 /* A layer: attention, then experts or a dense MLP. */
 typedef struct {
     E45Attention attention;
@@ -97,6 +105,9 @@ E45_API int e45_set_threads(int num_threads); /* of the pool, the caller's inclu
 E45_API int64_t e45_workspace_bytes(void);    /* kept between calls for intermediate values */
 E45_API void e45_trim(void);                  /* gives them back, and ends the pool's threads */
 
+/* The calling thread makes panels by itself from now on, beside what others compute. */
+E45_API void e45_work_alone(void);
+
 /* `rows` [n · 64] of `num_dwords` dwords each -> panels, in place; every byte is XORed with `flip`. */
 E45_API int e45_make_panels(void *rows, int64_t num_panels, int64_t num_dwords, int64_t flip);
 /* Of int4 rows the codes [N][in_features / 2] and scales [N][in_features / 32] -> panels, filled up with zeros. */
@@ -114,8 +125,8 @@ E45_API int e45_mlp(const E45Norm *, const E45Mlp *, void *x, int64_t num_tokens
 E45_API int e45_route(const E45Norm *, const E45Router *, const void *x, int64_t num_tokens, int64_t dtype,
                       int64_t *chosen, float *shares);
 /* x += sum of shares · experts[chosen](norm(x)) + shared(norm(x)); `shared` may be NULL. Of the table [E] only chosen
- * experts are read. */
-E45_API int e45_experts(const E45Norm *, const E45Mlp *const *experts, int64_t num_experts, const E45Mlp *shared,
+ * experts of the range are read, of which there must be one. */
+E45_API int e45_experts(const E45Norm *, const E45Mlp *const *experts, const E45Range *, const E45Mlp *shared,
                         const int64_t *chosen, const float *shares, int64_t num_chosen, void *x, int64_t num_tokens,
                         int64_t dtype);
 /* `num_layers` layers one after the other: x += attention(norm(x)), x += mlp(norm(x)); `kv` has one for each. */

@@ -118,9 +118,10 @@ static int layers(const E45Layer *list, const E45KV *kv, int64_t num_layers, con
         if (failed) break;
         if (router) {
             failed = route(&layer->norm, router, x, n, dtype, chosen, shares);
+            const E45Range all = {-1, router->num_experts, router->num_experts, NULL};
             if (!failed)
-                failed = experts(&layer->norm, layer->experts, router->num_experts, layer->shared, chosen, shares,
-                                 router->num_chosen, x, n, dtype);
+                failed = experts(&layer->norm, layer->experts, &all, layer->shared, chosen, shares, router->num_chosen,
+                                 x, n, dtype);
         } else {
             failed = mlp(&layer->norm, layer->shared, x, n, dtype);
         }

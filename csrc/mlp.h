@@ -15,6 +15,8 @@ typedef struct {
     float *shares;   /* [rows] */
     float **wide;    /* [rows]: where silu(gate) · up of a row is */
     void *x;
+    float *sums;         /* [tokens][width], of the experts in calls before, or NULL */
+    int64_t begins, ends; /* whether nothing was summed before, and whether this is all */
     int64_t *starts; /* [uses + 1]: the first task of a use */
     int64_t gate_run, down_run, down_rows; /* panels of a task, and rows of one that adds up */
 } Mlps;
@@ -68,7 +70,15 @@ static void prepare_wide(void *context, int64_t row) {
     put_row(&use->wide_in, row - use->first, mlps->wide[row]);
 }
 
-/* Some panels of the outputs, summed over the MLPs in their order and added to x: each token's by one task. */
+static float *kept_sums(const Mlps *mlps, int64_t panel, int64_t token) {
+    return mlps->sums + token * mlps->width + panel * E45_PANEL;
+}
+
+static size_t panel_bytes(const Mlps *mlps, int64_t panel) {
+    return (size_t)smaller(mlps->width - panel * E45_PANEL, E45_PANEL) * sizeof(float);
+}
+
+/* Some panels of the outputs, summed over the MLPs in their order and added to x, or kept: each token's by one task. */
 static void down_panels(void *context, int64_t index) {
     const Mlps *mlps = context;
     const int64_t rows = mlps->down_rows, blocks = (mlps->num_tokens + rows - 1) / rows;
@@ -77,6 +87,10 @@ static void down_panels(void *context, int64_t index) {
     const int64_t end_panel = smaller(first_panel + mlps->down_run, num_panels);
     float sums[ROW_BLOCK][E45_PANEL], out[ROW_BLOCK][E45_PANEL];
     memset(sums, 0, sizeof sums);
+    for (int64_t panel = first_panel; panel < end_panel && !mlps->begins; panel++)
+        for (int64_t token = first; token < smaller(end, mlps->num_tokens); token++)
+            memcpy(sums[(panel - first_panel) * rows + token - first], kept_sums(mlps, panel, token),
+                   panel_bytes(mlps, panel));
     for (int64_t u = 0; u < mlps->num_uses; u++) {
         const Use *use = &mlps->uses[u];
         const int64_t *tokens = mlps->tokens + use->first;
@@ -96,18 +110,27 @@ static void down_panels(void *context, int64_t index) {
     }
     for (int64_t panel = first_panel; panel < end_panel; panel++) {
         const int64_t place = panel * E45_PANEL, width = smaller(mlps->width - place, E45_PANEL);
-        for (int64_t token = first; token < smaller(end, mlps->num_tokens); token++)
-            write_part(mlps->x, mlps->dtype, token * mlps->width + place, width,
-                       sums[(panel - first_panel) * rows + token - first], 1);
+        for (int64_t token = first; token < smaller(end, mlps->num_tokens); token++) {
+            const float *sum = sums[(panel - first_panel) * rows + token - first];
+            if (mlps->ends) write_part(mlps->x, mlps->dtype, token * mlps->width + place, width, sum, 1);
+            else memcpy(kept_sums(mlps, panel, token), sum, panel_bytes(mlps, panel));
+        }
     }
 }
 
-/* The rows of each MLP, in the order of tokens. */
-static void assign_rows(Mlps *mlps, const E45Mlp *const *experts, int64_t num_experts, const E45Mlp *shared,
+/* The rows of each MLP, in the order of tokens; the shared one comes first. */
+static void assign_rows(Mlps *mlps, const E45Mlp *const *experts, const E45Range *range, const E45Mlp *shared,
                         const int64_t *chosen, const float *shares, int64_t num_chosen) {
     int64_t row = 0;
     mlps->num_uses = 0;
-    for (int64_t expert = 0; expert < num_experts; expert++) {
+    if (shared) {
+        mlps->uses[mlps->num_uses++] = (Use){.mlp = shared, .first = row, .count = mlps->num_tokens};
+        for (; row < mlps->num_tokens; row++) {
+            mlps->tokens[row] = row;
+            mlps->shares[row] = 1;
+        }
+    }
+    for (int64_t expert = mlps->begins ? 0 : range->from; expert < range->to; expert++) {
         int64_t first = row;
         for (int64_t i = 0; i < mlps->num_tokens * num_chosen; i++) {
             if (chosen[i] != expert) continue;
@@ -116,12 +139,7 @@ static void assign_rows(Mlps *mlps, const E45Mlp *const *experts, int64_t num_ex
         }
         if (row > first) mlps->uses[mlps->num_uses++] = (Use){.mlp = experts[expert], .first = first, .count = row - first};
     }
-    if (!shared) return;
-    mlps->uses[mlps->num_uses++] = (Use){.mlp = shared, .first = row, .count = mlps->num_tokens};
-    for (int64_t token = 0; token < mlps->num_tokens; token++, row++) {
-        mlps->tokens[row] = token;
-        mlps->shares[row] = 1;
-    }
+    mlps->num_rows = row;
 }
 
 /* What the MLPs work on: norm(x) in each form that one takes, their wide rows, and the wide rows' forms. */
@@ -167,24 +185,26 @@ static void run_mlps(const E45Norm *norm, Mlps *mlps, Inputs forms[3]) {
     pool_run(down_panels, mlps, (num_panels + mlps->down_run - 1) / mlps->down_run * blocks);
 }
 
-static int experts(const E45Norm *norm, const E45Mlp *const *table, int64_t num_experts, const E45Mlp *shared,
+static int experts(const E45Norm *norm, const E45Mlp *const *table, const E45Range *range, const E45Mlp *shared,
                    const int64_t *chosen, const float *shares, int64_t num_chosen, void *x, int64_t num_tokens,
                    int64_t dtype) {
-    Mlps mlps = {.num_tokens = num_tokens, .x = x, .dtype = dtype};
+    Mlps mlps = {.num_tokens = num_tokens, .x = x, .dtype = dtype, .sums = range->sums};
     Inputs forms[3];
     if (!num_tokens) return 0;
-    mlps.num_rows = num_tokens * (num_chosen + (shared != NULL));
-    mlps.width = (shared ? shared : table[chosen[0]])->down.out_features;
-    const int64_t most_uses = smaller(num_experts, num_tokens * num_chosen) + 1;
+    mlps.begins = range->from < 0, mlps.ends = range->to == range->num_experts;
+    if (!mlps.begins) shared = NULL;
+    const int64_t most_rows = num_tokens * (num_chosen + (shared != NULL));
+    const int64_t most_uses = smaller(range->to - range->from, num_tokens * num_chosen + 1);
     /* The lists lie on the heap: what the workspace needs is known once they are made. */
-    char *lists = malloc((size_t)(most_uses * (int64_t)(sizeof(Use) + 8) + mlps.num_rows * 20 + 64));
+    char *lists = malloc((size_t)(most_uses * (int64_t)(sizeof(Use) + 8) + most_rows * 20 + 64));
     if (!lists) return -1;
     mlps.uses = (Use *)lists;
     mlps.starts = (int64_t *)(mlps.uses + most_uses);
     mlps.tokens = mlps.starts + most_uses + 1;
-    mlps.wide = (float **)(mlps.tokens + mlps.num_rows);
-    mlps.shares = (float *)(mlps.wide + mlps.num_rows);
-    assign_rows(&mlps, table, num_experts, shared, chosen, shares, num_chosen);
+    mlps.wide = (float **)(mlps.tokens + most_rows);
+    mlps.shares = (float *)(mlps.wide + most_rows);
+    assign_rows(&mlps, table, range, shared, chosen, shares, num_chosen);
+    mlps.width = mlps.uses[0].mlp->down.out_features;
     int failed = -1;
     Room room = {0};
     take_rows(&mlps, &room, forms);
@@ -199,5 +219,6 @@ static int experts(const E45Norm *norm, const E45Mlp *const *table, int64_t num_
 }
 
 static int mlp(const E45Norm *norm, const E45Mlp *only, void *x, int64_t num_tokens, int64_t dtype) {
-    return experts(norm, NULL, 0, only, NULL, NULL, 0, x, num_tokens, dtype);
+    const E45Range all = {.from = -1};
+    return experts(norm, NULL, &all, only, NULL, NULL, 0, x, num_tokens, dtype);
 }

@@ -391,16 +391,6 @@ def test_what_cannot_fit_is_not_fetched(monkeypatch: pytest.MonkeyPatch, tmp_pat
             open_model(entry.name, memory=fits, dtype="bfloat16", context_tokens=256, max_batch=1)
 
 
-def test_a_model_whose_experts_would_have_to_stream_is_refused(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ernie45.memory.sizing.RUNTIME_BYTES", 0)
-    monkeypatch.setattr("ernie45.memory.sizing.loading_bytes", lambda *shape, **more: 0)
-    monkeypatch.setattr("ernie45.memory.sizing.workspace_bytes", lambda *shape, **more: 0)
-    with pytest.raises(OutOfMemoryError, match="read from disk as they are needed, which this version does not do yet"):
-        open_model("ernie45/tiny-moe", quantization="none", memory="6MB", context_tokens=256, max_batch=1)
-
-
 def test_two_devices_hold_a_part_each_and_give_the_same_logits() -> None:
     asked: dict[str, Any] = {"quantization": "none", "context_tokens": 64, "max_batch": 1}
     with open_model("ernie45/tiny-moe", **asked) as model:

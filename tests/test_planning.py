@@ -22,6 +22,7 @@ from ernie45.memory.placement import DeviceMemory
 from ernie45.planning import has_bfloat16_arithmetic, usable_devices
 from ernie45.presets import PRESETS, QuantPreset
 from ernie45.saving import save_checkpoint
+from ernie45.types.streaming import ExpertSlots
 from tests.gptq_files import Order, write_gptq_folder
 from tests.paddle_files import CONFIG, EXPERTS, random_pt, write_checkpoint
 
@@ -91,7 +92,10 @@ def test_an_unknown_name_is_no_model() -> None:
 
 def test_300b_in_24_gib() -> None:
     streams = plan("ERNIE-4.5-300B-A47B-PT", quantization="int4", context_tokens=8192, max_batch=1)
-    assert streams.verdict == "streams"
+    assert (streams.verdict, streams.num_experts) == ("streams", ExpertSlots(text=51 * 64))
+    assert streams.expert_slots is not None
+    assert 51 * 8 / 2 < streams.expert_slots.text < 51 * 64
+    assert streams.weight_bytes < streams.peak_bytes < 24 * GIB < streams.disk_bytes
     asked = {"cpu": "24GiB", "disk": "50GB"}
     too_large = plan("ERNIE-4.5-300B-A47B-PT", quantization="none", memory=asked)
     assert (too_large.verdict, too_large.free_disk_bytes) == ("does not fit", 50 * 10**9)

@@ -233,8 +233,8 @@ def _models(options: argparse.Namespace) -> int:
     print(
         "\nPRESET: the best quality that fits with one request of 8,192 tokens, or the model's maximum.",
         "PEAK: the memory that takes. CONTEXT: the most tokens that fit with that preset.",
-        "What only streams, its experts read from disk as they are needed, this version does not load yet.",
-        "- fits in no way, or is a quantised release that is not read. `ernie45 plan NAME` says more.",
+        "What streams reads its experts from disk as they are needed; `ernie45 plan NAME` says how fast.",
+        "- does neither, or is a quantised release that is not read.",
         sep="\n",
     )
     return 0
@@ -260,9 +260,10 @@ def _fit_model(info: ModelInfo, limit: dict[str, str]) -> list[str]:
     on_cpu = all(name.startswith(("cpu", "disk")) for name in limit)
     plan = plan_memory(info.name, device="cpu" if on_cpu else "auto", memory=limit, max_batch=1)
     peak = _bytes_in_words(plan.peak_bytes)
-    if plan.verdict == "fits":
-        return [*row, plan.preset, peak, f"{plan.longest_context_tokens:,}"]
-    return [*row, f"streams as {plan.preset}" if plan.verdict == "streams" else "-", peak, "-"]
+    if plan.verdict == "does not fit":
+        return [*row, "-", peak, "-"]
+    preset = plan.preset if plan.verdict == "fits" else f"streams as {plan.preset}"
+    return [*row, preset, peak, f"{plan.longest_context_tokens:,}"]
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,20 +13,20 @@ from typing import Any
 
 import torch
 
-from ernie45.backends.base import Backend, BuildOptions
+from ernie45.backends.base import Backend, ExpertCounter, StreamingBackend
 from ernie45.backends.compiled import compile_layers
 from ernie45.backends.registry import Architecture, find_architecture
-from ernie45.checkpoint.adapter import AdaptedSource, Adapter, read_adapter
+from ernie45.checkpoint.adapter import Adapter, read_adapter
 from ernie45.checkpoint.gptq_config import read_gptq_config
 from ernie45.checkpoint.headers import read_weight_map
-from ernie45.checkpoint.open import Checkpoint, open_checkpoint, open_source, open_survey, read_config
+from ernie45.checkpoint.open import Checkpoint, open_checkpoint, open_source, read_config
 from ernie45.checkpoint.origin import Origin
 from ernie45.checkpoint.passing_thread import on_passing_thread
 from ernie45.checkpoint.progress import byte_progress
 from ernie45.checkpoint.resolve import resolve
-from ernie45.checkpoint.survey import HeaderSurvey
 from ernie45.devices import check_dtype_name, choose_device, choose_dtype
 from ernie45.drafts import build_speculation, check_head, find_draft
+from ernie45.dry_build import DryBuild, dry_build
 from ernie45.engine.speculation.speculation import Speculation
 from ernie45.errors import InvalidRequestError, ModelNotFoundError, UnsupportedError
 from ernie45.kernels.bitsandbytes import check_bitsandbytes
@@ -36,11 +36,11 @@ from ernie45.memory.estimate import estimate_sites
 from ernie45.memory.machine import host_bytes
 from ernie45.memory.placement import DeviceMemory, within_host
 from ernie45.memory.plan import MemoryPlan
-from ernie45.memory.planner import choose_preset, make_plan
+from ernie45.memory.planner import make_plan
 from ernie45.memory.remedies import refusal
 from ernie45.memory.sizing import DraftNeeds, PlanRequest
 from ernie45.planning import draft_preset, has_native_kernels, settle_preset, stored_preset, usable_devices
-from ernie45.presets import PRESETS, QuantPreset, WeightPart, find_preset
+from ernie45.presets import PRESETS, QuantPreset, find_preset
 from ernie45.prompting import VisionInput
 from ernie45.prompting.vision_input import read_vision_input
 from ernie45.runners.base import Runner
@@ -61,7 +61,8 @@ _DTYPE_NAMES: Mapping[torch.dtype, DtypeName] = MappingProxyType(
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedModel:
     """Everything the facade needs. `tokenizer` and `template` are None for a folder without tokenizer files, `vision`
-    for a model that reads text only, `plan` for one that runs a script, `speculation` without a draft."""
+    for a model that reads text only, `plan` for one that runs a script, `speculation` without a draft. There are
+    `expert_caches` where routed experts are read while it runs."""
 
     name: str
     spec: ModelSpec
@@ -76,6 +77,7 @@ class LoadedModel:
     plan: MemoryPlan | None = None
     stats: ModelStats | None = None
     speculation: Speculation | None = None
+    expert_caches: Sequence[ExpertCounter] = ()
     origin: Origin | None = None
 
 
@@ -134,7 +136,7 @@ class _Checked:
     defaults: GenerationDefaults
     vision: VisionInput | None
     device: torch.device
-    dry: _DryBuild
+    dry: DryBuild
     ignored: tuple[IgnoredTensor, ...]
     origin: Origin
 
@@ -161,7 +163,7 @@ def _check(
     request = _request(name, config, spec, options, devices=devices, stored_dtype=stored, vision=vision)
     request = replace(request, draft=_draft_needs(options, draft))
     check_head(options.draft, architecture.build, checkpoint.index.tensors, folder)
-    dry = _dry_build(architecture, checkpoint, adapter, request, mtp=options.draft == "mtp")
+    dry = dry_build(architecture, checkpoint, adapter, request, mtp=options.draft == "mtp")
     ignored = checkpoint.account_for(dry.survey.unread())
     return _Checked(
         architecture=architecture,
@@ -197,7 +199,7 @@ def _load_checked(
             prefix_cache=options.prefix_cache,
             speculation=speculation,
         )
-    stats = ModelStats(load_stages=clock.seconds, read_bytes=dry.survey.read_bytes)
+    stats = ModelStats(load_stages=clock.seconds, read_bytes=dry.read_bytes)
     return LoadedModel(
         name=name,
         spec=spec,
@@ -211,6 +213,7 @@ def _load_checked(
         plan=plan,
         stats=stats,
         speculation=speculation,
+        expert_caches=backend.expert_caches if isinstance(backend, StreamingBackend) else (),
         origin=checked.origin,
         report=LoadReport(
             folder=str(checkpoint.folder),
@@ -260,49 +263,6 @@ def _request(
         is_stored_quantised=stored is not None,
         native=has_native_kernels(devices, stored),
     )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _DryBuild:
-    """What a build without weights found: the tensors it asked for, their bytes by part, and the plan with these, whose
-    `request` has no more open preset."""
-
-    request: PlanRequest
-    survey: HeaderSurvey
-    weights: Mapping[WeightPart, int]
-    options: BuildOptions
-    plan: MemoryPlan
-
-
-def _dry_build(
-    architecture: Architecture,
-    checkpoint: Checkpoint,
-    adapter: Adapter | None,
-    request: PlanRequest,
-    *,
-    mtp: bool,
-) -> _DryBuild:
-    """Build on the "meta" device: raises whatever would stop the real build."""
-    source, survey = open_survey(checkpoint, adapter)
-    request = replace(request, has_own_head="lm_head.weight" in source or request.spec.tied is False)
-    if not architecture.follows_options:
-        request = replace(request, preset=PRESETS["none"], devices=request.devices[:1])
-    preset = request.preset or choose_preset(request)
-    options = BuildOptions(
-        dtype=getattr(torch, request.dtype),
-        placement=Placement.on("meta", request.spec.num_layers),
-        # What GPTQ has left out stays as it is.
-        preset=preset if checkpoint.gptq is None else QuantPreset(name=preset.name),
-        context_tokens=1,
-        mtp=mtp,
-    )
-    weights = architecture.build(request.spec, source, options).weight_bytes
-    if isinstance(source, AdaptedSource):
-        source.check_all_merged()
-    request = replace(request, preset=preset, weights=weights)
-    plan = make_plan(request)
-    options = replace(options, placement=plan.placement, context_tokens=plan.context_tokens)
-    return _DryBuild(request=request, survey=survey, weights=weights, options=options, plan=plan)
 
 
 def _find(
@@ -370,7 +330,7 @@ def _build(checked: _Checked, options: LoadOptions, clock: StageClock) -> Backen
         for name in dry.plan.placement.devices:
             check_bitsandbytes(torch.device(name))
     loading = f"Loading {checkpoint.folder.name}"
-    with clock.stage("weights"), byte_progress(loading, dry.survey.read_bytes, show=options.progress) as advance:
+    with clock.stage("weights"), byte_progress(loading, dry.read_bytes, show=options.progress) as advance:
         backend = on_passing_thread(
             lambda advance: build(checkpoint.spec, open_source(checkpoint, adapter, advance=advance), dry.options),
             advance,
@@ -432,7 +392,7 @@ def _check_preset(architecture: Architecture, spec: ModelSpec, options: LoadOpti
 
 
 def _check_plan(plan: MemoryPlan, options: LoadOptions) -> None:
-    if plan.verdict != "fits":
+    if plan.verdict == "does not fit":
         raise refusal(plan, parse_limits(options.memory), host_bytes())
 
 

@@ -7,6 +7,7 @@ import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, final
 
 from typing_extensions import Self, Unpack
@@ -42,7 +43,7 @@ from ernie45.types.prompts import Prompt
 from ernie45.types.reports import LoadReport
 from ernie45.types.requests import SamplingOptions
 from ernie45.types.results import ChatChunk, ChatCompletion, Completion, CompletionChunk, Score
-from ernie45.types.stats import ModelStats
+from ernie45.types.stats import ExpertCounts, ModelStats
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -331,7 +332,7 @@ class ErnieModel:
         """
         if self._loaded.plan is None:
             raise UnsupportedError("a scripted model has no plan", hint="plan_memory() plans any model by name")
-        return measured(self._loaded.plan)
+        return measured(self._loaded.plan, Path(self._loaded.report.folder))
 
     @property
     def spec(self) -> ModelSpec:
@@ -352,18 +353,18 @@ class ErnieModel:
 
     @property
     def stats(self) -> ModelStats:
-        """Where the time of loading went, and how many guessed tokens were right so far.
+        """Where the time of loading went, how many guessed tokens were right so far, and what was read of experts.
 
         Raises UnsupportedError for a scripted model.
         """
         if self._loaded.stats is None:
             raise UnsupportedError("a scripted model was not loaded", hint="ask a model that was")
-        guessed = self._loaded.speculation
-        if guessed is None:
-            return self._loaded.stats
-        return replace(
-            self._loaded.stats, draft_tokens=guessed.num_proposed, accepted_draft_tokens=guessed.num_accepted
-        )
+        stats, guessed, caches = self._loaded.stats, self._loaded.speculation, self._loaded.expert_caches
+        if guessed is not None:
+            stats = replace(stats, draft_tokens=guessed.num_proposed, accepted_draft_tokens=guessed.num_accepted)
+        if caches:
+            stats = replace(stats, experts=sum((cache.counts for cache in caches), ExpertCounts()))
+        return stats
 
     @property
     def load_report(self) -> LoadReport:

@@ -34,6 +34,7 @@ from ernie45.memory.placement import DeviceMemory
 from ernie45.memory.plan import MemoryPlan
 from ernie45.memory.planner import choose_preset, make_plan, with_speed
 from ernie45.memory.sizing import DraftNeeds, PlanRequest
+from ernie45.memory.streaming import NOMINAL_DISK_RATE
 from ernie45.presets import PRESETS, QuantPreset, find_preset
 from ernie45.spec import DTYPE_NAMES, DtypeName, ModelSpec, parse_spec
 
@@ -95,7 +96,7 @@ def plan_memory(
         check_mtp(is_text=model.spec.vision is None, has_head=_has_mtp(model), model=model.name)
     if draft is not None:
         request = replace(request, draft=_draft_needs(draft, preset, request, dtype=dtype))
-    return measured(make_plan(request))
+    return measured(make_plan(request), model.folder)
 
 
 def _request(
@@ -155,11 +156,12 @@ def _has_mtp(model: _Model) -> bool:
     return has_mtp_head(model.index.tensors)
 
 
-def measured(plan: MemoryPlan) -> MemoryPlan:
-    """The plan with the speed that this machine's memory allows, measured once in a process (0.1 s); as it was where it
-    is for more memory than this machine has, for other devices, or does not fit."""
+def measured(plan: MemoryPlan, folder: Path | None = None) -> MemoryPlan:
+    """The plan with the speed that this machine's memory allows, and for experts that stream the disk that `folder` is
+    on, each measured once in a process (0.1 and 0.3 s); as it was where it is for more memory than this machine has,
+    for other devices, or does not fit. Without a folder the disk is taken for one of `NOMINAL_DISK_RATE`."""
     capacity_bytes = sum(device.capacity_bytes for device in plan.devices)
-    if plan.verdict != "fits" or capacity_bytes > host_bytes().total_bytes:
+    if plan.verdict == "does not fit" or capacity_bytes > host_bytes().total_bytes:
         return plan
 
     def measure_rate() -> float:
@@ -168,7 +170,18 @@ def measured(plan: MemoryPlan) -> MemoryPlan:
 
         return copy_rate()
 
-    return with_speed(plan, measure_rate)
+    def measure_disk_rate() -> float:
+        if folder is None:
+            return NOMINAL_DISK_RATE
+        from ernie45.memory.disk_rate import disk_rate  # as above
+
+        return disk_rate(folder)
+
+    plan = with_speed(plan, measure_rate, measure_disk_rate)
+    if plan.disk_read_rate is None or folder is not None:
+        return plan
+    assumed = f"The disk was not measured, but taken for one that reads {NOMINAL_DISK_RATE / 1e9:.1f} GB/s."
+    return replace(plan, notes=(*plan.notes, assumed))
 
 
 def stored_preset(config: Mapping[str, Any]) -> QuantPreset | None:

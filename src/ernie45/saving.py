@@ -46,17 +46,35 @@ def save_checkpoint(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: bool,
 ) -> PackPlan:
-    """Write the checkpoint in `source` with a preset, and an adapter merged, to a new or empty folder. Returns what was
-    written.
+    """Write what `plan_saving` plans to a new or empty folder. Returns what was written.
 
-    The head for multi-token prediction is written where it is whole, whether the model was loaded with it or not.
+    Raises:
+        InvalidRequestError: the folder is not empty, or lies in the source.
+        CheckpointError: a full disk; and as `plan_saving` does.
+    """
+    plan = plan_saving(source, preset, adapter=adapter, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    with byte_progress(f"Saving {folder.name}", plan.files.weight_bytes, show=progress) as advance:
+        on_passing_thread(lambda advance: write_packed(plan, folder, advance=advance), advance)
+    return plan
+
+
+def plan_saving(
+    source: Path,
+    preset: QuantPreset,
+    *,
+    adapter: Adapter | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> PackPlan:
+    """Lay out the checkpoint in `source` with a preset, and an adapter merged. No weight is read.
+
+    The head for multi-token prediction is there where it is whole, whether the model was loaded with it or not.
     `dtype` is what a model computes in: matrices are rounded to it before they are quantised, and adapted tensors are
     stored in it. None is the checkpoint's.
 
     Raises:
-        InvalidRequestError: the folder is not empty, or lies in the source.
         UnsupportedError: matrices of this preset have no place in files.
-        CheckpointError: or one of its kinds: what loading would refuse, or a full disk.
+        CheckpointError: or one of its kinds: what loading would refuse.
     """
     config = read_config(source)
     architecture = find_architecture(config)
@@ -73,7 +91,7 @@ def save_checkpoint(
         mtp = _has_whole_head(architecture, checkpoint, adapter, options)
         return architecture.build(spec, tensors, replace(options, mtp=mtp))
 
-    plan = on_passing_thread(
+    return on_passing_thread(
         lambda advance: plan_packing(
             checkpoint,
             config,
@@ -85,9 +103,6 @@ def save_checkpoint(
         ),
         lambda num_bytes: None,
     )
-    with byte_progress(f"Saving {folder.name}", plan.files.weight_bytes, show=progress) as advance:
-        on_passing_thread(lambda advance: write_packed(plan, folder, advance=advance), advance)
-    return plan
 
 
 def _has_whole_head(

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ernie45.backends.base import Batch, BuildOptions, VisionTokens
-from ernie45.backends.decoder import DenseMLP, ExpertMLP, NormedHead, Stage
+from ernie45.backends.decoder import DenseMLP, ExpertMLP, NormedHead, ResidentExperts, Stage
 from ernie45.backends.kv_cache import DenseStore, KVCache
 from ernie45.backends.text import TextBackend, build_text
 from ernie45.backends.vision_language import VisionLanguageBackend, build_vision_language
@@ -243,7 +243,8 @@ def test_each_part_is_built_on_its_device(name: str) -> None:
                     assert layer.mlp.shared is not None
                     note(f"layer {number}", *weights_of(layer.mlp.shared), layer.mlp.text.router.weight)
                     for bank in (layer.mlp.text, layer.mlp.vision or layer.mlp.text):
-                        note(f"experts {number}", *(w for expert in bank.experts for w in weights_of(expert)))
+                        assert isinstance(bank.experts, ResidentExperts)
+                        note(f"experts {number}", *(w for expert in bank.experts.experts for w in weights_of(expert)))
                 else:
                     note(f"layer {number}", *weights_of(layer.mlp))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ernie45.backends.base import BuildOptions, MediaBackend, VisionTokens
-from ernie45.backends.decoder import DenseMLP, ExpertBank, ExpertMLP, Router
+from ernie45.backends.decoder import DenseMLP, ExpertBank, ExpertMLP, ResidentExperts, Router
 from ernie45.backends.text import build_text
 from ernie45.backends.vision_language import VisionLanguageBackend, build_vision_language
 from ernie45.backends.vision_tower import PatchEmbedding
@@ -133,7 +133,7 @@ def constant(value: float) -> DenseMLP:
 
 def bank(value: float) -> ExpertBank:
     router = Router(weight=torch.zeros(1, 4), correction=None, experts_per_token=1, norm_min=1e-12)
-    return ExpertBank(router=router, experts=(constant(value),), device=CPU)
+    return ExpertBank(router=router, experts=ResidentExperts(experts=(constant(value),)), device=CPU)
 
 
 @pytest.mark.parametrize("routed", [[], [0], [1, 2], [3, 0], [0, 1, 2, 3]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ernie45.checkpoint.adapter import read_adapter
-from ernie45.checkpoint.headers import read_headers, read_json
+from ernie45.checkpoint.headers import TensorInfo, read_headers, read_json
 from ernie45.checkpoint.open import open_checkpoint, open_source, read_config
 from ernie45.checkpoint.read import PackedSource
+from ernie45.checkpoint.resolve import resolve
 from ernie45.errors import TensorError, UnsupportedError
 from ernie45.presets import PRESETS, QuantPreset
 from ernie45.quantization.packed import Packed, PackedInt4, PackedInt8, dequantize, empty_packed
@@ -187,6 +189,59 @@ def test_tensors_follow_the_build_and_start_on_cache_lines(mixture: Path, tmp_pa
     assert names[expert : expert + 3] == [
         f"model.layers.1.mlp.experts.2.gate_up_proj.{leaf}" for leaf in ("codes", "scales", "row_scales")
     ]
+
+
+def expert_ranges(folder: Path) -> dict[str, list[tuple[Path, int, int]]]:
+    """The ranges of bytes, file by file, that the tensors of each routed expert take."""
+    tensors: dict[str, list[TensorInfo]] = {}
+    for info in sorted(read_headers(folder).tensors.values(), key=lambda info: (info.file, info.start)):
+        match = re.match(r"model\.layers\.\d+\.mlp\.experts\.\d+\.", info.name)
+        if match:
+            tensors.setdefault(match[0], []).append(info)
+    ranges: dict[str, list[tuple[Path, int, int]]] = {}
+    for expert, infos in tensors.items():
+        ranges[expert] = []
+        for info in infos:
+            file, start, stop = ranges[expert][-1] if ranges[expert] else (None, 0, 0)
+            if (file, stop) == (info.file, info.start):
+                ranges[expert][-1] = (info.file, start, stop + info.num_bytes)
+            else:
+                ranges[expert].append((info.file, info.start, info.start + info.num_bytes))
+    return ranges
+
+
+@pytest.mark.parametrize("preset", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["tiny-moe", "tiny-vl"])
+def test_an_expert_is_one_range_of_one_file(tmp_path: Path, name: str, preset: str) -> None:
+    folder = pack(resolve(f"ernie45/{name}", progress=False), tmp_path / "out", preset, max_shard_bytes=500_000)
+    ranges = expert_ranges(folder)
+    assert len(ranges) >= 16
+    assert {len(found) for found in ranges.values()} == {1}
+    assert all(start % 64 == 0 for ((_, start, _),) in ranges.values())
+    assert len({file for ((file, _, _),) in ranges.values()}) > 1
+    sizes = [file.stat().st_size for file in folder.glob("*.safetensors")]
+    assert sum(sizes) / len(sizes) > 250_000  # that no expert is split leaves little of a file empty
+
+
+@pytest.mark.parametrize("shape", [{"hidden_size": 20}, {"moe_intermediate_size": 36}, {"moe_intermediate_size": 20}])
+@pytest.mark.parametrize("preset", ["int8", "int4"])
+def test_an_expert_of_odd_sizes_is_two_ranges_at_most(tmp_path: Path, shape: dict[str, int], preset: str) -> None:
+    config = {**MIXTURE, **shape}
+    tensors = random_pt(config, expert_biases=True)
+    source = write_checkpoint(tmp_path / "source", tensors, config, layout="pt", dtype="BF16")
+    ranges = expert_ranges(pack(source, tmp_path / "out", preset, max_shard_bytes=20_000))
+    assert len(ranges) == 8
+    assert {len(found) for found in ranges.values()} == {2}
+    assert all(first[0] == second[0] for first, second in ranges.values())
+
+
+def test_a_long_matrix_is_read_again_for_what_lies_apart(mixture: Path, tmp_path: Path) -> None:
+    """50 scales are no whole lines, so that they come after all else, and another matrix was made in between."""
+    folder = pack(mixture, tmp_path / "out", "int4")
+    tensors = read_headers(folder).tensors
+    assert tensors["model.embed_tokens.scales"].start > tensors["model.norm.weight"].start
+    embedding = rounded("int8", tensors_of(mixture)["model.embed_tokens.weight"])
+    assert_holds(tensors_of(folder), "model.embed_tokens", embedding)
 
 
 def test_shards_and_their_index(mixture: Path, tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from ernie45.checkpoint import write
 from ernie45.checkpoint.headers import CheckpointIndex, read_file_headers, read_headers
 from ernie45.checkpoint.layouts import PtLayout
+from ernie45.checkpoint.packing import Step, UnitReader
 from ernie45.checkpoint.read import TensorReader
 from ernie45.checkpoint.write import (
     START,
     AppendedFile,
     Shard,
-    UnitReader,
     append_shard,
     index_json,
     plan_shards,
@@ -47,12 +47,18 @@ def index(tmp_path: Path) -> CheckpointIndex:
 
 
 def shards_of(index: CheckpointIndex, max_shard_bytes: int) -> tuple[Shard, ...]:
-    return plan_shards(plan_units(index, PtLayout(), index.tensors, PtLayout()), max_shard_bytes)
+    units = plan_units(index, PtLayout(), index.tensors, PtLayout())
+    return plan_shards([(unit,) for unit in units], max_shard_bytes)
+
+
+def reader_of(shard: Shard, index: CheckpointIndex) -> UnitReader:
+    steps = [Step(units=(unit,)) for unit in shard.units]
+    return UnitReader(TensorReader(index, PtLayout()), steps)
 
 
 def write_shard(path: Path, shard: Shard, index: CheckpointIndex) -> None:
     with AppendedFile(path, START) as file:
-        for _ in append_shard(file, shard, UnitReader(TensorReader(index, PtLayout()), [shard]), lambda num: None):
+        for _ in append_shard(file, shard, reader_of(shard, index), lambda num: None):
             pass
 
 
@@ -84,7 +90,7 @@ def test_the_routers_of_two_banks_are_written_the_other_way_round(index: Checkpo
     units = plan_units(index, PtLayout(), index.tensors, PtLayout(has_two_banks=True))
     assert [unit.transposed for unit in units if gate in unit.rows] == [True]
     assert sum(unit.transposed for unit in units) == 1
-    (shard,) = plan_shards(units, 10**9)
+    (shard,) = plan_shards([units], 10**9)
     write_shard(tmp_path / "out.safetensors", shard, index)
     assert_equal(load_file(tmp_path / "out.safetensors"), {**TENSORS, gate: TENSORS[gate].T})
 
@@ -155,7 +161,7 @@ def test_a_shard_goes_on_unit_by_unit(index: CheckpointIndex, tmp_path: Path) ->
     (shard,) = shards_of(index, 10**9)
     write_shard(tmp_path / "whole", shard, index)
     path = tmp_path / "cut"
-    reader = UnitReader(TensorReader(index, PtLayout()), [shard])
+    reader = reader_of(shard, index)
     with AppendedFile(path, START) as file:
         appended: list[int] = []
         for num_bytes in append_shard(file, shard, reader, appended.append):
@@ -171,8 +177,8 @@ def test_a_shard_goes_on_unit_by_unit(index: CheckpointIndex, tmp_path: Path) ->
 
 
 def test_a_system_that_writes_little_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = os.write
-    monkeypatch.setattr(os, "write", lambda descriptor, data: whole(descriptor, data[:3]))
+    whole = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, position: whole(descriptor, data[:3], position))
     write_file(tmp_path / "file", b"0123456789")
     assert (tmp_path / "file").read_bytes() == b"0123456789"
 
@@ -180,11 +186,11 @@ def test_a_system_that_writes_little_at_a_time(tmp_path: Path, monkeypatch: pyte
 def test_a_small_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_file(tmp_path / "file", b"old")
 
-    def fail(descriptor: int, data: bytes | memoryview) -> None:
+    def fail(descriptor: int, data: bytes | memoryview, position: int) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(write, "write_all", fail)
+        patch.setattr(write, "write_at", fail)
         with pytest.raises(OSError, match="No space"):
             write_file(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"

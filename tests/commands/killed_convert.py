@@ -1,5 +1,6 @@
-"""Run by test_convert.py in a process of its own: `killed_convert.py SOURCE FOLDER` converts SOURCE in many forked
-children, most of which are killed on the way (SIGKILL), and prints as JSON what came of it."""
+"""Run by test_convert.py and test_convert_packed.py in a process of its own: `killed_convert.py SOURCE FOLDER PRESET
+SHARD_BYTES` converts SOURCE in many forked children, most of which are killed on the way (SIGKILL), and prints as JSON
+what came of it."""
 
 from __future__ import annotations
 
@@ -15,16 +16,16 @@ from ernie45.checkpoint import write
 from ernie45.commands import convert as convert_module
 from ernie45.commands.convert import convert
 
-SHARD_BYTES = 150_000
-convert_module.SYNC_BYTES = 60_000
+PRESET, SHARD_BYTES = sys.argv[3], int(sys.argv[4])
+convert_module.SYNC_BYTES = SHARD_BYTES * 2 // 5
 
 
-def run(source: Path, folder: Path, prepare: Callable[[], None] = lambda: None) -> int:
+def run(source: str, folder: Path, prepare: Callable[[], None] = lambda: None) -> int:
     """Convert in a child; returns the signal that ended it, or 0."""
     child = os.fork()
     if child == 0:
         prepare()
-        convert(source, folder, max_shard_bytes=SHARD_BYTES, progress=False)
+        convert(source, folder, quantization=PRESET, max_shard_bytes=SHARD_BYTES, progress=False)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
     if os.WIFSIGNALED(status):
@@ -35,18 +36,18 @@ def run(source: Path, folder: Path, prepare: Callable[[], None] = lambda: None) 
 
 def kill_after_bytes(num_bytes: int) -> None:
     """Have this process killed after so many bytes, whatever file they go into."""
-    whole = write.write_all
+    whole = write.write_at
     left = num_bytes
 
-    def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    def write_at(descriptor: int, data: bytes | memoryview, position: int) -> None:
         nonlocal left
         if len(data) > left:
-            whole(descriptor, data[:left])
+            whole(descriptor, data[:left], position)
             os.kill(os.getpid(), signal.SIGKILL)
         left -= len(data)
-        whole(descriptor, data)
+        whole(descriptor, data, position)
 
-    write.write_all = write_all
+    write.write_at = write_at
 
 
 def kill_before_step(number: int) -> None:
@@ -72,7 +73,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def main() -> None:
-    source, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    source, folder = sys.argv[1], Path(sys.argv[2])
     os.fsync = lambda fd: None  # a killed process leaves its pages to the system; waiting for the disk is slow
     assert run(source, folder / "whole") == 0
     expected = content(folder / "whole")

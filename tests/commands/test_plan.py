@@ -12,6 +12,7 @@ from ernie45 import plan_memory
 from ernie45.cli import main
 from ernie45.commands.plan import memory_limit
 from ernie45.errors import InvalidRequestError
+from ernie45.memory.machine import HostMemory
 
 IN_A_NEW_PROCESS = """
 import sys
@@ -101,6 +102,9 @@ def test_what_memory_means() -> None:
 def test_the_guide_shows_what_the_command_prints(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    machine = HostMemory(total_bytes=64 * 2**30, available_bytes=2**30, limited_by="machine", limit_bytes=None)
+    monkeypatch.setattr("ernie45.planning.host_bytes", lambda: machine)
+    monkeypatch.setattr("ernie45.memory.bandwidth.copy_rate", lambda: 40e9)
     monkeypatch.setattr("ernie45.planning.native_library", object)  # as where there are native kernels
     page = (Path(__file__).resolve().parents[2] / "docs" / "guide" / "memory.md").read_text(encoding="utf-8")
     examples = re.findall(r"```console\n\$ ernie45 (plan .*)\n((?s:.*?))```", page)

@@ -1,19 +1,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from ernie45.catalogue import find
 from ernie45.errors import InvalidRequestError
-from ernie45.memory.budget import kv_bytes_per_token
+from ernie45.memory.budget import in_words, kv_bytes_per_token
 from ernie45.memory.placement import DeviceMemory
 from ernie45.memory.plan import PART_NAMES, MemoryPlan
 from ernie45.memory.planner import make_plan, with_speed
-from ernie45.memory.sizing import PlanRequest
+from ernie45.memory.sizing import DraftNeeds, PlanRequest
 from ernie45.memory.workspace import RUNTIME_BYTES
 from ernie45.presets import PRESETS
+from ernie45.types.streaming import ExpertSlots
 
 GB = 10**9
 GIB = 2**30
@@ -117,13 +119,81 @@ def test_auto_is_the_best_quality_that_fits() -> None:
 
 
 def test_a_model_larger_than_memory_streams_its_experts() -> None:
-    made = plan("ERNIE-4.5-300B-A47B-PT", "int4", context_tokens=8192, max_batch=1)
-    assert (made.verdict, made.longest_context_tokens, made.tokens_per_second) == ("streams", 0, None)
-    assert made.disk_bytes == made.weight_bytes > 149 * GIB
-    assert "routed experts are 133.88 GiB" in made.bottleneck
+    made = plan("ERNIE-4.5-300B-A47B-PT", "int4", context_tokens=8192, native=True)
+    assert (made.verdict, made.max_batch, made.tokens_per_second) == ("streams", 1, None)
+    assert made.num_experts == ExpertSlots(text=51 * 64)
+    assert made.expert_slots is not None
+    held, every = made.expert_slots.text, 51 * 64
+    codes, scales = 3 * 8192 * 3584 // 2, 3 * 8192 * 3584 // 32 + 4 * (2 * 3584 + 8192)
+    assert made.parts["routed_experts"] == held * codes
+    assert made.weight_bytes == made.disk_bytes - (every - held) * (codes + scales)
+    # What an expert takes would not fit beside a fiftieth of the capacity and what importing took.
+    spare_bytes = 24 * GIB - 24 * GIB // 50 - 192 * 2**20 - made.peak_bytes
+    assert 0 <= spare_bytes < codes + scales
+    assert made.expert_hit_rate == held / every
+    assert made.expert_read_bytes == 51 * 8 * (every - held) * 2 * 3 * 8192 * 3584 // every, "bfloat16, as in the files"
+    assert made.bottleneck == f"speed: {in_words(made.expert_read_bytes)} of experts are read from disk for each token"
+    assert "3.8 times the bytes" in made.notes[0]
+    assert made.devices[0].expert_layers == tuple(range(3, 54))
     for disk, verdict in ((made.disk_bytes, "streams"), (made.disk_bytes - 1, "does not fit")):
         named = plan("ERNIE-4.5-300B-A47B-PT", "int4", free_disk_bytes=disk)
         assert (named.verdict, named.free_disk_bytes) == (verdict, disk)
+
+
+def test_what_a_packed_folder_streams() -> None:
+    asked: dict[str, Any] = {"name": "ERNIE-4.5-21B-A3B-PT", "preset": "int4", "native": True, "context_tokens": 8192}
+    expert_bytes = 3 * 2560 * 1536 // 2 + 3 * 2560 * 1536 // 32 + 4 * (2 * 1536 + 2560)
+    held = []
+    for size in (4, 6, 8):
+        made = plan(**asked, is_stored_quantised=True, memory={"cpu": size * GIB})
+        rounded = plan(**asked, memory={"cpu": size * GIB})
+        assert (made.verdict, made.notes) == ("streams", ())
+        assert made.expert_slots is not None
+        assert rounded.expert_slots is not None
+        assert made.expert_slots.text > rounded.expert_slots.text, "no room for rounding"
+        missing = 27 * 64 - made.expert_slots.text
+        assert made.expert_read_bytes == 27 * 6 * missing * expert_bytes // (27 * 64)
+        assert made.peak_bytes < size * GIB
+        held.append(made.expert_slots.text)
+    assert [later - earlier for earlier, later in pairwise(held)] == pytest.approx([2.1e9 / expert_bytes] * 2, abs=2)
+    assert plan(**asked, is_stored_quantised=True, memory={"cpu": 12 * GIB}).expert_slots is None
+
+
+def test_both_banks_of_a_model_that_sees_have_a_share() -> None:
+    made = plan("ERNIE-4.5-VL-28B-A3B-PT", "int4", memory={"cpu": 8 * GIB}, native=True, is_stored_quantised=True)
+    assert made.num_experts == ExpertSlots(text=27 * 64, vision=27 * 64)
+    assert made.expert_slots is not None
+    text, vision = made.expert_slots.text, made.expert_slots.vision
+    assert 0 < text < 27 * 64
+    assert abs(text - vision) <= 1
+    assert made.parts["routed_experts"] == text * 3 * 2560 * 1536 // 2 + vision * 3 * 2560 * 512 // 2
+
+
+def test_limits_of_a_plan_that_streams_are_those_within_which_it_does() -> None:
+    asked: dict[str, Any] = {"name": "ERNIE-4.5-21B-A3B-PT", "preset": "int4", "memory": {"cpu": 4 * GIB}}
+    made = plan(**asked)
+    most = made.longest_context_tokens
+    assert most > made.context_tokens == 8192
+    assert plan(**asked, context_tokens=most).verdict == "streams"
+    assert plan(**asked, context_tokens=most + 1).verdict == "does not fit"
+    assert plan(**asked, context_tokens=8192, max_batch=made.largest_batch).verdict == "streams"
+    assert plan(**asked, context_tokens=8192, max_batch=made.largest_batch + 1).verdict == "does not fit"
+
+
+def test_a_draft_takes_room_from_the_experts() -> None:
+    asked: dict[str, Any] = {"name": "ERNIE-4.5-21B-A3B-PT", "preset": "int4", "memory": {"cpu": 6 * GIB}}
+    alone, drafted = (plan(**asked, draft=draft) for draft in (None, DraftNeeds(model=request(preset="int8"))))
+    assert drafted.parts["draft"] == plan(preset="int8").weight_bytes
+    assert alone.expert_slots is not None
+    assert drafted.expert_slots is not None
+    taken = drafted.peak_bytes - drafted.parts["routed_experts"] - drafted.parts["scales"]
+    taken -= alone.peak_bytes - alone.parts["routed_experts"] - alone.parts["scales"]
+    assert alone.expert_slots.text - drafted.expert_slots.text == pytest.approx(taken / 6_291_456, abs=1)
+
+
+def test_experts_stream_to_the_cpu_even_beside_a_gpu() -> None:
+    made = plan("ERNIE-4.5-300B-A47B-PT", "int4", memory={"cuda:0": 8 * GB, "cpu": 24 * GIB})
+    assert (made.verdict, made.placement.devices) == ("streams", ("cpu",))
 
 
 def test_on_disk_what_is_not_quantised_keeps_the_dtype_of_the_files() -> None:
@@ -145,12 +215,12 @@ def test_what_does_not_stream() -> None:
 def test_the_experts_of_two_layers_must_fit_beside_the_rest() -> None:
     """8 of 64 experts of a layer at a time."""
     asked: dict[str, Any] = {"name": "ERNIE-4.5-300B-A47B-PT", "preset": "int4", "context_tokens": 8192, "max_batch": 1}
-    whole = plan(**asked)
-    parts = whole.parts
-    cache = 2 * 8 * 3 * 8192 * 3584 // 2 * (1 + 1 / 16 + 8 * (2 * 3584 + 8192) / (3 * 8192 * 3584))
-    all_experts = parts["routed_experts"] + 51 * 64 * (3 * 8192 * 3584 // 32 + 4 * (2 * 3584 + 8192))
-    least = int(whole.peak_bytes - all_experts + cache)
-    assert plan(**asked, memory={"cpu": least + 1000}).verdict == "streams"
+    made = plan(**asked)
+    assert made.expert_slots is not None
+    expert_bytes = 3 * 8192 * 3584 // 2 + 3 * 8192 * 3584 // 32 + 4 * (2 * 3584 + 8192)
+    least = int((made.peak_bytes - (made.expert_slots.text - 2 * 8) * expert_bytes + 192 * 2**20) / 0.98)
+    fewest = plan(**asked, memory={"cpu": least + 1000})
+    assert (fewest.verdict, fewest.expert_slots) == ("streams", ExpertSlots(text=16))
     assert plan(**asked, memory={"cpu": least - 1000}).verdict == "does not fit"
 
 
@@ -184,10 +254,27 @@ def test_the_bytes_that_a_build_found_count() -> None:
 
 def test_speed_is_the_bandwidth_over_the_bytes_of_a_token() -> None:
     made = plan(context_tokens=1000, max_batch=4)
-    timed = with_speed(made, lambda: 20e9)
+    timed = with_speed(made, lambda: 20e9, no_disk)
     assert timed.tokens_per_second == pytest.approx(20e9 / (2 * 360_748_032 + 500 * 18_432), rel=1e-3)
-    assert replace(timed, tokens_per_second=None) == made
+    assert timed.memory_read_rate == 20e9
+    assert replace(timed, tokens_per_second=None, memory_read_rate=None) == made
     on_gpu = plan(memory={"cuda:0": 24 * GB})
-    assert with_speed(on_gpu, lambda: 20e9) is on_gpu
+    assert with_speed(on_gpu, lambda: 20e9, no_disk) is on_gpu
     too_large = plan(memory={"cpu": GIB // 2})
-    assert with_speed(too_large, lambda: 20e9) is too_large
+    assert with_speed(too_large, lambda: 20e9, no_disk) is too_large
+
+
+def no_disk() -> float:
+    raise AssertionError("nothing streams")
+
+
+def test_a_token_waits_for_the_disk_and_then_for_memory() -> None:
+    made = plan("ERNIE-4.5-21B-A3B-PT", "int4", memory={"cpu": 6 * GIB})
+    timed = with_speed(made, lambda: 20e9, lambda: 2e9)
+    assert (timed.memory_read_rate, timed.disk_read_rate) == (20e9, 2e9)
+    assert made.expert_read_bytes is not None
+    assert timed.tokens_per_second is not None
+    from_memory = made.devices[0].token_bytes
+    whole = plan("ERNIE-4.5-21B-A3B-PT", "int4", memory={"cpu": 24 * GIB}, context_tokens=8192, max_batch=1)
+    assert from_memory == whole.devices[0].token_bytes, "what was read is then used"
+    assert 1 / timed.tokens_per_second == pytest.approx(from_memory / 20e9 + made.expert_read_bytes / 2e9)

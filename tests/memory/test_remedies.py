@@ -83,13 +83,14 @@ def test_a_300b_in_bf16_says_what_would_do() -> None:
     assert both.startswith("It fits with quantization='int4' and ")
     check_memory(replace(asked, preset=PRESETS["int4"]), both)
     check_memory(asked, memory)
-    assert disk.startswith("With quantization='int4' and 161 GB of disk ")
-    assert "does not do yet" in disk
+    assert disk == (
+        "With quantization='int4' and 161 GB of disk its routed experts are read from disk as they are needed."
+    )
     streaming = replace(asked, preset=PRESETS["int4"], free_disk_bytes=161 * GB)
     assert make_plan(streaming).verdict == "streams"
 
 
-def test_what_streams_is_told_what_loads() -> None:
+def test_what_streams_is_told_what_fits() -> None:
     asked = request("ERNIE-4.5-300B-A47B-PT", "int4")
     made = make_plan(asked)
     (memory,) = made.remedies
@@ -98,8 +99,18 @@ def test_what_streams_is_told_what_loads() -> None:
 
 
 def test_more_disk_alone() -> None:
-    disk = remedies(request("ERNIE-4.5-300B-A47B-PT", "int4", free_disk_bytes=50 * GB))[-1]
+    asked = request("ERNIE-4.5-300B-A47B-PT", "int4", free_disk_bytes=50 * GB)
+    disk = remedies(asked)[-1]
     assert disk.startswith("With 161 GB of disk ")
+    assert make_plan(replace(asked, free_disk_bytes=161 * GB)).verdict == "streams"
+
+
+def test_a_smaller_preset_that_streams() -> None:
+    asked = request("ERNIE-4.5-300B-A47B-PT", "none", {"cpu": 20 * GIB})
+    assert make_plan(asked).verdict == "does not fit"
+    preset = remedies(asked)[-1]
+    assert preset == "With quantization='int4' its routed experts are read from disk as they are needed."
+    assert make_plan(replace(asked, preset=PRESETS["int4"])).verdict == "streams"
 
 
 def test_where_no_single_change_does_a_second_is_named_with_a_preset() -> None:
@@ -130,7 +141,8 @@ def check_sum(message: str) -> None:
 
 def test_a_refusal_names_what_makes_the_sum() -> None:
     limits = Limits(devices={"cpu": 24 * GIB})
-    loading = refusal(make_plan(request("ERNIE-4.5-300B-A47B-PT", "none")), limits, HOST).message
+    too_large = request("ERNIE-4.5-300B-A47B-PT", "none", free_disk_bytes=GB)
+    loading = refusal(make_plan(too_large), limits, HOST).message
     assert "buffers while loading" in loading
     assert "KV cache" not in loading
     check_sum(loading)
@@ -141,7 +153,7 @@ def test_a_refusal_names_what_makes_the_sum() -> None:
 
 
 def test_a_refusal_says_who_set_the_limit() -> None:
-    plan = make_plan(request("ERNIE-4.5-300B-A47B-PT", "none"))
+    plan = make_plan(request("ERNIE-4.5-300B-A47B-PT", "none", free_disk_bytes=GB))
     cgroup = replace(HOST, limited_by="cgroup", limit_bytes=24 * GIB)
     for named, host, text in (
         ({"cpu": 24 * GIB}, cgroup, "there are 24.00 GiB"),

@@ -9,6 +9,7 @@ import pytest
 from ernie45.memory.plan import PART_NAMES, DevicePlan, MemoryPlan
 from ernie45.memory.table import LABELS, headline, layer_ranges
 from ernie45.types.placement import Placement
+from ernie45.types.streaming import ExpertSlots
 
 GIB = 2**30
 
@@ -46,6 +47,7 @@ def made_up_plan(*devices: DevicePlan, **fields: Any) -> MemoryPlan:
         "longest_context_tokens": 131072,
         "largest_batch": 6,
         "tokens_per_second": 7.25,
+        "memory_read_rate": 14.5e9,
     }
     return MemoryPlan(**{**usual, **fields})
 
@@ -63,9 +65,18 @@ TOO_LARGE = made_up_plan(
     largest_batch=0,
     free_disk_bytes=50 * 10**9,
     tokens_per_second=None,
+    memory_read_rate=None,
     notes=("Nobody has <b>seen</b> it.",),
 )
-STREAMS = replace(TOO_LARGE, verdict="streams", longest_context_tokens=0, free_disk_bytes=None)
+STREAMS = made_up_plan(
+    verdict="streams",
+    bottleneck="speed: 2.00 GiB of experts are read from disk for each token",
+    remedies=("It fits with less.",),
+    num_experts=ExpertSlots(text=1728),
+    expert_slots=ExpertSlots(text=673),
+    expert_read_bytes=2 * GIB,
+    disk_read_rate=1.5e9,
+)
 
 
 def lines_of(plan: MemoryPlan) -> list[str]:
@@ -106,11 +117,24 @@ def test_a_plan_that_does_not_fit() -> None:
     assert not any(line.startswith("Speed") for line in lines)
 
 
-def test_a_plan_that_streams_says_that_it_is_refused() -> None:
-    text = " ".join(lines_of(STREAMS))
-    assert "This version does not do that yet: loading is refused." in text
-    assert "Disk 7.5 GB for the weights in this form Remedies" in text
-    assert "Limits" not in text
+def test_a_plan_that_streams() -> None:
+    lines = lines_of(STREAMS)
+    assert lines[0].endswith("8,192 tokens x 1: streams, 10.00 GiB of 20.00 GiB")
+    text = " ".join(lines)
+    assert (
+        "Experts 673 of 1,728 in memory, 39 %; the others are read from disk as they are needed: 2.00 GiB for each "
+        "token, if all are chosen equally often Limits up to 131,072 tokens"
+    ) in text
+    assert "estimated from a memory bandwidth of 14.5 GB/s and a disk that reads 1.5 GB/s Bottleneck" in text
+    assert "Disk 7.5 GB for the weights in this form Remedies 1. It fits with less." in text
+
+
+def test_experts_for_pictures_are_told_apart() -> None:
+    plan = replace(
+        STREAMS, num_experts=ExpertSlots(text=1000, vision=1000), expert_slots=ExpertSlots(text=400, vision=500)
+    )
+    assert "400 of 1,000 for text and 500 of 1,000 for pictures in memory, 45 %;" in " ".join(lines_of(plan))
+    assert plan.expert_hit_rate == 0.4
 
 
 def test_what_is_not_as_usual_is_named() -> None:
@@ -178,6 +202,10 @@ def test_values_for_programs() -> None:
     )
 
 
-def test_the_bandwidth_behind_the_speed() -> None:
-    assert made_up_plan().to_dict()["memory_bytes_per_second"] == 14.5e9
+def test_what_the_speed_rests_on() -> None:
+    keys = ("memory_bytes_per_second", "disk_bytes_per_second", "expert_hit_rate", "expert_read_bytes", "expert_slots")
+    values = STREAMS.to_dict()
+    assert [values[key] for key in keys] == [14.5e9, 1.5e9, 673 / 1728, 2 * GIB, {"text": 673, "vision": 0}]
+    assert values["num_experts"] == {"text": 1728, "vision": 0}
+    assert [made_up_plan().to_dict()[key] for key in keys] == [14.5e9, None, None, None, None]
     assert TOO_LARGE.to_dict()["memory_bytes_per_second"] is None

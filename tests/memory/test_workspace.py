@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ernie45 import ErnieModel
+from ernie45 import ErnieModel, MemoryPlan, plan_memory
 from ernie45.kernels.library import native_library
 from ernie45.kernels.native import trim
 from ernie45.memory.workspace import (
@@ -27,6 +27,7 @@ from ernie45.memory.workspace import (
     workspace_bytes,
 )
 from ernie45.presets import PRESETS, QuantPreset
+from ernie45.saving import save_checkpoint
 from ernie45.spec import parse_spec
 
 CONFIG = {
@@ -191,12 +192,18 @@ def test_the_native_workspace_is_what_the_kernels_keep(name: str, preset: str) -
 
 WIDE = {**CONFIG, "hidden_size": 512, "intermediate_size": 3072, "num_attention_heads": 16, "head_dim": 128,
         "vocab_size": 103_424}  # fmt: skip
+WIDE_MOE = {**WIDE, "model_type": "ernie4_5_moe", "moe_num_experts": 64, "moe_k": 4, "moe_intermediate_size": 1024,
+            "moe_num_shared_experts": 2, "moe_layer_start_index": 0, "moe_layer_end_index": 1, "moe_layer_interval": 1,
+            "moe_use_aux_free": False}  # fmt: skip
 SHORT_BYTES, OVER_BYTES = 8 * 2**20, 20 * 2**20  # by which a plan may be too low, and too high
 
 SCRIPT = """
 import sys
 from pathlib import Path
 from ernie45 import ErnieModel
+from ernie45.memory import streaming
+
+streaming._IMPORT_BYTES = 0
 
 def status_bytes(key):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -205,10 +212,12 @@ def status_bytes(key):
 before = status_bytes("VmHWM")
 Path("/proc/self/clear_refs").write_text("5")
 model = ErnieModel.from_pretrained(
-    sys.argv[1], quantization=sys.argv[2], device="cpu", context_tokens=256, max_batch=2, progress=False
+    sys.argv[1], quantization=sys.argv[2], device="cpu", memory=sys.argv[3], context_tokens=256, max_batch=2,
+    progress=False
 )
-model.batch_generate([[5] * 252, [6] * 252], max_new_tokens=4, temperature=0, ignore_eos=True)
-model.score([5] * 256)
+many = range(1000, 9000, 30)  # tokens that are sent to all experts
+model.batch_generate([many[:252], many[10:262]], max_new_tokens=4, temperature=0, ignore_eos=True)
+model.score(many[:256])
 print(status_bytes("VmHWM") - before, model.plan.peak_bytes)
 """
 
@@ -216,21 +225,46 @@ print(status_bytes("VmHWM") - before, model.plan.peak_bytes)
 @pytest.fixture(scope="module")
 def wide_folder(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Two layers, with the tokenizer of the published models, which is a third of what the runtime takes."""
-    folder = tmp_path_factory.mktemp("wide")
-    for path in (shared_data / "ERNIE-4.5-0.3B-PT").glob("*token*"):
-        shutil.copy(path, folder)
-    (folder / "config.json").write_text(json.dumps(WIDE))
-    save_file(_tensors(), folder / "model.safetensors", metadata={"format": "pt"})
-    yield folder
-    shutil.rmtree(folder)
+    yield from _write(WIDE, shared_data, tmp_path_factory.mktemp("wide"))
+
+
+@pytest.fixture(scope="module")
+def wide_moe_folder(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The same with experts, which are most of it."""
+    yield from _write(WIDE_MOE, shared_data, tmp_path_factory.mktemp("wide_moe"))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("preset", ["none", "int8", "int4"])
 def test_the_planned_peak_is_the_measured_one(preset: str, wide_folder: Path) -> None:
+    check_peak(wide_folder, preset, "4GiB")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("form", ["none", "int8", "packed"])
+def test_so_is_that_of_a_model_whose_experts_stream(
+    form: str, wide_moe_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ernie45.memory.streaming._IMPORT_BYTES", 0)
+    folder, preset = wide_moe_folder, form
+    if form == "packed":
+        folder, preset = tmp_path / "packed", "auto"
+        save_checkpoint(wide_moe_folder, folder, PRESETS["int4"], progress=False)
+
+    def plan(memory: str) -> MemoryPlan:
+        return plan_memory(folder, quantization=preset, device="cpu", memory=memory, context_tokens=256, max_batch=2)
+
+    whole = plan("4GiB")
+    streams = plan(str(whole.peak_bytes - whole.parts["routed_experts"] // 4))
+    assert streams.verdict == "streams"
+    check_peak(folder, preset, str(streams.devices[0].capacity_bytes))
+
+
+def check_peak(folder: Path, preset: str, memory: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(wide_folder), preset], capture_output=True, text=True, check=True
+        [sys.executable, "-c", SCRIPT, str(folder), preset, memory], capture_output=True, text=True, check=True
     )
     measured, planned = map(int, done.stdout.split())
     # Narrower than the runtime, so that a plan without it fails; runs and libraries differ by some MiB.
@@ -238,8 +272,17 @@ def test_the_planned_peak_is_the_measured_one(preset: str, wide_folder: Path) ->
     assert -SHORT_BYTES < planned - measured < OVER_BYTES, (planned, measured)
 
 
-def _tensors() -> dict[str, torch.Tensor]:
-    spec = parse_spec(WIDE)
+def _write(config: dict[str, Any], shared_data: Path, folder: Path) -> Iterator[Path]:
+    for path in (shared_data / "ERNIE-4.5-0.3B-PT").glob("*token*"):
+        shutil.copy(path, folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(_tensors(config), folder / "model.safetensors", metadata={"format": "pt"})
+    yield folder
+    shutil.rmtree(folder)
+
+
+def _tensors(config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    spec = parse_spec(config)
     h, query, kv = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (spec.vocab_size, h), "model.norm": (h,)}
     for layer in range(spec.num_layers):
@@ -247,8 +290,14 @@ def _tensors() -> dict[str, torch.Tensor]:
         shapes |= {f"{prefix}{name}_layernorm": (h,) for name in ("input", "post_attention")}
         shapes |= {f"{prefix}self_attn.{name}_proj": (width, h) for name, width in (("q", query), ("k", kv), ("v", kv))}
         shapes[f"{prefix}self_attn.o_proj"] = (h, query)
-        shapes |= {f"{prefix}mlp.{name}_proj": (spec.intermediate_size, h) for name in ("gate", "up")}
-        shapes[f"{prefix}mlp.down_proj"] = (h, spec.intermediate_size)
+        mlps = {f"{prefix}mlp.": spec.intermediate_size}
+        if spec.experts is not None:
+            width = spec.experts.intermediate_size
+            mlps = {f"{prefix}mlp.experts.{number}.": width for number in range(spec.experts.num_experts)}
+            mlps[f"{prefix}mlp.shared_experts."] = spec.experts.num_shared_experts * width
+            shapes[f"{prefix}mlp.gate"] = (spec.experts.num_experts, h)
+        for mlp, width in mlps.items():
+            shapes |= {f"{mlp}{name}_proj": (width, h) for name in ("gate", "up")} | {f"{mlp}down_proj": (h, width)}
     generator = torch.Generator().manual_seed(0)
     return {
         f"{name}.weight": (torch.randn(shape, generator=generator) * 0.02).bfloat16() for name, shape in shapes.items()

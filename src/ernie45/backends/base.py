@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 
 from ernie45.backends.kv_cache import KVCache
+from ernie45.checkpoint.expert_reads import ExpertReader
+from ernie45.memory.streaming import StreamedBank
 from ernie45.presets import PRESETS, QuantPreset, WeightPart
 from ernie45.spec import ModelSpec
 from ernie45.types.placement import Placement
+from ernie45.types.stats import ExpertCounts
+from ernie45.types.streaming import ExpertSlots
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,15 +100,27 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Streaming:
+    """How routed experts are read while the model runs: how many of each bank lie in memory, what one takes there, and
+    a reader for each thread that reads."""
+
+    slots: ExpertSlots
+    banks: tuple[StreamedBank, ...]
+    open_reader: Callable[[], ExpertReader]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class BuildOptions:
     """How a backend is to be built: the dtype of its arithmetic and of what `preset` does not cover, where its parts
-    lie, the longest sequence in tokens, and whether the head for multi-token prediction is built as well."""
+    lie, the longest sequence in tokens, and whether the head for multi-token prediction is built as well. With
+    `streaming` routed experts are read while the model runs."""
 
     dtype: torch.dtype
     placement: Placement
     preset: QuantPreset
     context_tokens: int
     mtp: bool = False
+    streaming: Streaming | None = None
 
     @staticmethod
     def unquantised(spec: ModelSpec, *, dtype: torch.dtype, device: str, context_tokens: int = 1) -> BuildOptions:
@@ -143,6 +159,23 @@ class PrefixBackend(Backend, Protocol):
         """1 where a token's bits are the same however tokens are grouped into steps: any prefix can be taken over,
         generated tokens included. Else prefixes end at multiples of this, and hold nothing but prompt tokens."""
         ...
+
+
+@runtime_checkable
+class StreamingBackend(Backend, Protocol):
+    """A backend whose routed experts may be read from the checkpoint while it runs."""
+
+    @property
+    def expert_caches(self) -> Sequence[ExpertCounter]:
+        """Those that lie in memory, by the bank they are of; none where all do."""
+        ...
+
+
+class ExpertCounter(Protocol):
+    """`ernie45.experts.cache.ExpertCache`."""
+
+    @property
+    def counts(self) -> ExpertCounts: ...
 
 
 @runtime_checkable

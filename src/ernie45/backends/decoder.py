@@ -6,14 +6,17 @@ E experts, K experts chosen for a token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ernie45.backends.base import Batch, Step, VisionTokens
+from ernie45.experts.cache import ExpertCache
 from ernie45.kernels.linear import Embedding, Linear
 from ernie45.kernels.ops import RotaryTable, attention, rms_norm, rotate, route, swiglu
 from ernie45.memory.workspace import SCORED_ROWS
@@ -88,16 +91,35 @@ class Router:
         return route(x, self.weight, self.correction, self.experts_per_token, self.norm_min)
 
 
+class ExpertTable(Protocol):
+    """The experts of a bank, by their numbers."""
+
+    def groups(self, numbers: Sequence[int]) -> Generator[Sequence[tuple[int, DenseMLP]], None, None]:
+        """The experts of these numbers, in their order, in groups: those of one are in memory until the next."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResidentExperts:
+    """All experts of a bank are in memory."""
+
+    experts: tuple[DenseMLP, ...]
+
+    def groups(self, numbers: Sequence[int]) -> Generator[Sequence[tuple[int, DenseMLP]], None, None]:
+        """All at once."""
+        yield [(number, self.experts[number]) for number in numbers]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertBank:
     """Each token goes through the K of E `experts` its router chose.
 
-    Only experts that some token chose are looked up in the table. They lie on `device`; where that is not the router's,
+    Only experts that some token chose are asked of the table. They lie on `device`; where that is not the router's,
     rows go there and come back as a sum.
     """
 
     router: Router
-    experts: Sequence[DenseMLP]
+    experts: ExpertTable
     device: torch.device
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -105,18 +127,23 @@ class ExpertBank:
         x, chosen, shares = (tensor.to(self.device) for tensor in (rows, *self.router(rows)))
         # Summed in float32 and always in the order of the experts: a row's bits do not depend on the others.
         routed = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for expert, tokens, places in _hits(chosen):
-            out = self.experts[expert](x[tokens])
-            routed.index_add_(0, tokens, out * shares[tokens, places, None])
+        hits = _hits(chosen)
+        with closing(self.experts.groups(list(hits))) as groups:
+            for number, expert in chain.from_iterable(groups):
+                tokens, places = hits[number]
+                routed.index_add_(0, tokens, expert(x[tokens]) * shares[tokens, places, None])
         return routed.to(x.dtype).to(rows.device)
 
 
-def _hits(chosen: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """chosen [N, K] -> for every expert in it, in order: its number, its tokens and at which of the K places."""
+def _hits(chosen: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+    """chosen [N, K] -> of every expert in it, in order: its tokens and at which of the K places."""
     experts, order = chosen.flatten().sort(stable=True)
     numbers, counts = experts.unique_consecutive(return_counts=True)
-    for number, places in zip(numbers.tolist(), order.split(counts.tolist()), strict=True):
-        yield number, places // chosen.shape[1], places % chosen.shape[1]
+    split = order.split(counts.tolist())
+    return {
+        number: (places // chosen.shape[1], places % chosen.shape[1])
+        for number, places in zip(numbers.tolist(), split, strict=True)
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,13 +234,15 @@ class NormedHead:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decoder:
-    """The whole trunk: embedding [V, h], layers, and the head with the final norm on `head_device`."""
+    """The whole trunk: embedding [V, h], layers, and the head with the final norm on `head_device`. `expert_caches`
+    hold the routed experts that are read as they are chosen."""
 
     spec: ModelSpec
     embedding: Embedding
     stages: tuple[Layers, ...]
     head: Head
     head_device: torch.device
+    expert_caches: tuple[ExpertCache[DenseMLP], ...] = ()
 
     def __call__(self, batch: Batch) -> Step:
         """Run the batch, whose tensors lie with the embedding, through every layer, filling its KV slots. The

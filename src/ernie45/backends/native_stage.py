@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
+from itertools import pairwise
 from typing import final
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from ernie45.backends.base import Batch, VisionTokens
@@ -15,13 +20,16 @@ from ernie45.backends.decoder import (
     DenseMLP,
     ExpertBank,
     ExpertMLP,
+    ExpertTable,
     Head,
     Norm,
     NormedHead,
+    ResidentExperts,
     Router,
     Stage,
 )
 from ernie45.backends.kv_cache import DenseStore, Int8Store, KVCache, KVStore
+from ernie45.backends.streamed import StreamedExperts
 from ernie45.kernels.native import (
     AttentionStruct,
     BatchStruct,
@@ -39,6 +47,7 @@ from ernie45.kernels.panels import PanelLinear
 from ernie45.memory.workspace import PREFILL_CHUNK_TOKENS
 
 _MlpPointers = tuple[NormStruct, int | None, int | None, int | None]  # the rest of a LayerStruct
+_MOST_AHEAD = 2  # experts of the next layer that are read on a guess
 _PANEL = 64  # outputs that the kernels take at a time: gate and up must begin with whole ones
 
 
@@ -73,6 +82,10 @@ class NativeStage:
         self._layer_structs = (LayerStruct * len(layers))(
             *(LayerStruct(attention.struct, *mlp.pointers) for attention, mlp in layers)
         )
+        streaming = [mlp for _, mlp in layers if isinstance(mlp, ExpertPart) and mlp.streams]
+        for part, following in pairwise(streaming):
+            part.following = following
+        self._streams = bool(streaming)
         self._cache: KVCache | None = None
         self._kv_structs = (KVStruct * 0)()
 
@@ -83,7 +96,7 @@ class NativeStage:
         if self._cache is not batch.cache:
             self._cache, self._kv_structs = batch.cache, self._structs(batch.cache)
         x = x.contiguous()
-        if batch.vision is None:
+        if batch.vision is None and not self._streams:
             self._native.layers(self._layer_structs, self._kv_structs, rows, x)
             return x
         for (attention, mlp), kv in zip(self._layers, self._kv_structs, strict=True):
@@ -136,6 +149,12 @@ class ExpertPart:
     ) -> None:
         self._native, self._text, self._vision, self._shared = native, text, vision, shared
         self._norm, self._weight = _norm(norm)
+        self.following: ExpertPart | None = None
+
+    @property
+    def streams(self) -> bool:
+        """Whether experts are read as they are chosen, which one call for all layers cannot do."""
+        return isinstance(self._text.experts, StreamedExperts)
 
     @property
     def pointers(self) -> _MlpPointers:
@@ -157,21 +176,63 @@ class ExpertPart:
 
     def _run(self, bank: _Bank, x: Tensor) -> None:
         chosen, shares = self._native.route(self._norm, bank.router, x)
-        self._native.experts(self._norm, bank.table, self._shared, chosen, shares, x)
+        if not isinstance(bank.experts, StreamedExperts):
+            self._native.experts(self._norm, bank.table, self._shared, chosen, shares, x)
+            return
+        numbers = np.unique(chosen.numpy()).tolist()
+        sums = torch.zeros(x.shape, dtype=torch.float32)
+        run = partial(self._native.experts, self._norm, bank.table, self._shared, chosen, shares, x, sums=sums)
+        start, num_done = -1, 0
+
+        def meanwhile() -> None:
+            nonlocal start
+            if self._shared is not None:
+                run(numbers=range(-1, 0))
+                start = 0
+            if self.following is not None:
+                self.following.read_ahead(x + sums.to(x.dtype))
+
+        with closing(bank.experts.groups(numbers, meanwhile)) as groups:
+            for group in groups:
+                bank.point_at(group)
+                num_done += len(group)
+                end = bank.router.num_experts if num_done == len(numbers) else group[-1][0] + 1
+                run(numbers=range(start, end))
+                start = end
+
+    def read_ahead(self, x: Tensor) -> None:
+        """Have read what these hidden states would choose, which lack what the experts of the layer before will add."""
+        experts = self._text.experts
+        assert isinstance(experts, StreamedExperts)
+        chosen, _ = self._native.route(self._norm, self._text.router, x)
+        experts.read_ahead(dict.fromkeys(chosen.t().flatten().tolist()), _MOST_AHEAD)
 
 
 @final
 class _Bank:
-    """A router and the addresses of its experts."""
+    """A router and the addresses of its experts, those that are in memory now."""
 
-    def __init__(self, router: Router, experts: Sequence[MlpStruct]) -> None:
-        self._experts, self._router = experts, router
+    def __init__(self, router: Router, experts: ExpertTable) -> None:
+        self.experts, self._router = experts, router
         num_experts, width = router.weight.shape
         correction = None if router.correction is None else router.correction.data_ptr()
         self.router = RouterStruct(
             router.weight.data_ptr(), correction, num_experts, width, router.experts_per_token, router.norm_min
         )
-        self.table = (ctypes.c_void_p * num_experts)(*map(ctypes.addressof, experts))
+        self.table = (ctypes.c_void_p * num_experts)()
+        self._structs: dict[int, tuple[DenseMLP, MlpStruct]] = {}
+        if isinstance(experts, ResidentExperts):
+            self.point_at(list(enumerate(experts.experts)))
+
+    def point_at(self, group: Sequence[tuple[int, DenseMLP]]) -> None:
+        """Put the addresses of these experts into the table."""
+        for number, expert in group:
+            known = self._structs.get(number)
+            if known is None or known[0] is not expert:
+                struct = _mlp(expert)
+                assert struct is not None
+                self._structs[number] = expert, struct
+                self.table[number] = ctypes.addressof(struct)
 
 
 def native_head(head: NormedHead) -> Head:
@@ -211,11 +272,15 @@ def _mlp_part(native: Kernels, norm: Norm, mlp: DenseMLP | ExpertMLP) -> DensePa
 
 
 def _bank(bank: ExpertBank) -> _Bank | None:
-    structs = [_mlp(expert) for expert in bank.experts]
-    experts = [struct for struct in structs if struct is not None]
-    if bank.device.type != "cpu" or len(experts) < len(structs):
+    table = bank.experts
+    if isinstance(table, ResidentExperts):
+        samples = table.experts
+    else:  # which are all stored in the same way
+        with closing(table.groups([0])) as groups:
+            samples = tuple(expert for group in groups for _, expert in group)
+    if bank.device.type != "cpu" or any(_mlp(expert) is None for expert in samples):
         return None
-    return _Bank(bank.router, experts)
+    return _Bank(bank.router, table)
 
 
 def _mlp(mlp: DenseMLP) -> MlpStruct | None:

@@ -35,6 +35,7 @@ class TextBackend:
         self.device: torch.device = torch.device(options.placement.embedding)
         self.weight_bytes: Mapping[WeightPart, int] = weight_bytes
         self.prefix_tokens: int = prefix_tokens(decoder)
+        self.expert_caches = decoder.expert_caches
 
     def forward(self, batch: Batch) -> Step:
         return self._decoder(batch)

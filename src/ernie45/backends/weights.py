@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ernie45.backends.base import BuildOptions
+from ernie45.backends.base import BuildOptions, Streaming
 from ernie45.backends.compiled import compiled_stage
 from ernie45.backends.decoder import (
     Attention,
@@ -20,12 +20,15 @@ from ernie45.backends.decoder import (
     DenseMLP,
     ExpertBank,
     ExpertMLP,
+    ExpertTable,
     Norm,
     NormedHead,
+    ResidentExperts,
     Router,
     Stage,
 )
 from ernie45.backends.native_stage import native_head, native_stage
+from ernie45.backends.streamed import ExpertStore
 from ernie45.checkpoint.read import BlockSource, PackedSource, TensorSource
 from ernie45.kernels.bitsandbytes import BnbInt8Linear, Nf4Linear
 from ernie45.kernels.linear import DenseEmbedding, DenseLinear, Embedding, Linear, packs
@@ -50,14 +53,17 @@ _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 
 class WeightBuilder:
     """Reads the weights of one checkpoint to `device`, quantises what the preset covers, and puts the parts of a
-    Decoder together. `placed` counts their bytes; builders made by `on` share it."""
+    Decoder together. `placed` counts their bytes, and `stores` are of experts that are read later, by the first number
+    of their bank; builders made by `on` share both."""
 
     def __init__(self, spec: ModelSpec, source: TensorSource, options: BuildOptions) -> None:
         self.spec, self.source, self.options = spec, source, options
+        self._packed_source = source if isinstance(source, PackedSource) else None
         self.dtype, self.device = options.dtype, torch.device(options.placement.embedding)
         self.placed: Counter[WeightPart] = Counter()
         self._staging, self._code_staging = Staging(), Staging()
         self._memory = PanelMemory()
+        self.stores: dict[int, ExpertStore] = {}
 
     def on(self, device: str) -> WeightBuilder:
         """The builder of the same model for another device."""
@@ -66,6 +72,7 @@ class WeightBuilder:
         other = WeightBuilder(self.spec, self.source, self.options)
         other.device, other.placed = torch.device(device), self.placed
         other._staging, other._code_staging, other._memory = self._staging, self._code_staging, self._memory
+        other.stores = self.stores
         return other
 
     def decoder(self) -> Decoder:
@@ -80,6 +87,7 @@ class WeightBuilder:
             stages=tuple(compiled_stage(native_stage(stage)) for stage in stages),
             head=native_head(NormedHead(norm=last.norm("model.norm.weight"), linear=tied_head or last.head())),
             head_device=last.device,
+            expert_caches=tuple(store.cache for store in self.stores.values()),
         )
 
     def stages(self) -> tuple[Stage, ...]:
@@ -139,9 +147,7 @@ class WeightBuilder:
         if not takes_panels(self.dtype, self.device, spec.hidden_size):
             return None
         if packed is not None:
-            return packed_panels(
-                packed, self.head_bias(), self._memory, in_place=not isinstance(self.source, PackedSource)
-            )
+            return packed_panels(packed, self.head_bias(), self._memory, in_place=self._packed_source is None)
         if self.dtype != torch.bfloat16:
             return None
         return self.dense_panels(spec.hidden_size, {_EMBEDDING: spec.vocab_size}, self.head_bias())
@@ -174,7 +180,7 @@ class WeightBuilder:
         bias = self.head_bias()
         linear: Linear
         if packed is not None:
-            in_place = not isinstance(self.source, PackedSource)
+            in_place = self._packed_source is None
             linear = build_packed_linear(packed, bias, self.dtype, self._memory, in_place=in_place)
         else:
             linear = self.dense(spec.hidden_size, {_HEAD: spec.vocab_size}, bias)
@@ -266,8 +272,12 @@ class WeightBuilder:
 
     def bank(self, prefix: str, experts: ExpertSpec, gate: Tensor, first: int, correction: Tensor | None) -> ExpertBank:
         """A router with this weight, and its experts from number `first` on."""
-        # With use_bias, Baidu's routed experts have biases and transformers' have none: the files decide.
-        has_bias = f"{prefix}experts.{first}.down_proj.bias" in self.source
+        numbers = range(first, first + experts.num_experts)
+        table: ExpertTable
+        if self.options.streaming is None:
+            table = ResidentExperts(experts=tuple(self.expert(f"{prefix}experts.{n}.", experts) for n in numbers))
+        else:
+            table = self._streamed(self.options.streaming, experts, first, layer=int(prefix.split(".")[2]))
         return ExpertBank(
             router=Router(
                 weight=gate,
@@ -275,14 +285,32 @@ class WeightBuilder:
                 experts_per_token=experts.experts_per_token,
                 norm_min=experts.norm_min,
             ),
-            experts=tuple(
-                self.mlp(
-                    f"{prefix}experts.{number}.", experts.intermediate_size, part="routed_experts", has_bias=has_bias
-                )
-                for number in range(first, first + experts.num_experts)
-            ),
+            experts=table,
             device=self.device,
         )
+
+    def expert(self, prefix: str, experts: ExpertSpec, memory: PanelMemory | None = None) -> DenseMLP:
+        """One routed expert; with `memory`, and all that are built after it, there."""
+        self._memory = memory or self._memory
+        # With use_bias, Baidu's routed experts have biases and transformers' have none: the files decide.
+        has_bias = f"{prefix}down_proj.bias" in self.source
+        return self.mlp(prefix, experts.intermediate_size, part="routed_experts", has_bias=has_bias)
+
+    def _streamed(self, streaming: Streaming, experts: ExpertSpec, first: int, *, layer: int) -> ExpertTable:
+        """The table of a layer whose experts are read as they are chosen. The slots of all layers are counted once."""
+        if first not in self.stores:
+            bank = streaming.banks[first > 0]
+            num_slots = streaming.slots.vision if first else streaming.slots.text
+            self.placed["routed_experts"] += num_slots * bank.code_bytes
+            self.placed["scales"] += num_slots * bank.scale_bytes
+            self.stores[first] = ExpertStore(
+                streaming,
+                lambda source: WeightBuilder(self.spec, source, self.options),
+                experts,
+                num_layers=self.spec.num_layers,
+                first=first,
+            )
+        return self.stores[first].layer(layer)
 
     def linear(
         self, in_features: int, parts: Mapping[str, int], *, part: Part | Literal["vision"], has_bias: bool
@@ -329,9 +357,9 @@ class WeightBuilder:
 
     def stored(self, parts: Mapping[str, int], in_features: int) -> Sequence[Packed] | None:
         """The matrix as the files hold it, if they hold it quantised, in as many pieces as cannot be joined."""
-        if not isinstance(self.source, PackedSource):
+        if self._packed_source is None:
             return None
-        return self.source.read_packed(parts, in_features, self.device)
+        return self._packed_source.read_packed(parts, in_features, self.device)
 
     def quantised(self, parts: Mapping[str, int], in_features: int, *, part: Part) -> Packed | None:
         """The matrix, rounded to int8 or int4 if the preset says so."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 from ernie45.checkpoint.adapter import AdaptedSource, Adapter
 from ernie45.checkpoint.gptq import GptqSource
 from ernie45.checkpoint.gptq_config import GptqConfig, read_gptq_config, with_quantize_config
-from ernie45.checkpoint.headers import CheckpointIndex, read_headers, read_json
+from ernie45.checkpoint.headers import CheckpointIndex, TensorInfo, read_headers, read_json
 from ernie45.checkpoint.layouts import Layout, PtLayout, detect_layout
 from ernie45.checkpoint.packed import PackedCheckpointSource
 from ernie45.checkpoint.packed_config import read_packed_config
 from ernie45.checkpoint.progress import Advance
 from ernie45.checkpoint.quantized_releases import refuse_by_config, refuse_by_tensors
 from ernie45.checkpoint.read import TensorReader, TensorSource, hold_the_same
+from ernie45.checkpoint.staged_reads import StagedReader
 from ernie45.checkpoint.survey import HeaderSurvey
 from ernie45.errors import TensorError, UnsupportedError
 from ernie45.presets import QuantPreset
@@ -25,6 +27,7 @@ from ernie45.spec import ModelSpec
 from ernie45.types.reports import IgnoredTensor
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_EXPERT = re.compile(r"model\.layers\.\d+\.mlp\.experts\.\d+\.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,18 +91,36 @@ def open_checkpoint(folder: Path, config: Mapping[str, Any], spec: ModelSpec) ->
     )
 
 
+def expert_tensors(checkpoint: Checkpoint) -> Mapping[str, tuple[TensorInfo, ...]]:
+    """The stored tensors that each routed expert is made of, by the start of its -PT names, in file order:
+    "model.layers.3.mlp.experts.17."."""
+    found: dict[str, dict[str, TensorInfo]] = {}
+    for key, info in checkpoint.index.tensors.items():
+        for name in checkpoint.layout.names_in(key):
+            match = _EXPERT.match(name)
+            if match is not None:
+                found.setdefault(match[0], {})[key] = info
+    return {prefix: tuple(infos.values()) for prefix, infos in found.items()}
+
+
 def open_source(
-    checkpoint: Checkpoint, adapter: Adapter | None = None, *, advance: Advance | None = None
+    checkpoint: Checkpoint,
+    adapter: Adapter | None = None,
+    *,
+    advance: Advance | None = None,
+    reader: StagedReader | None = None,
 ) -> TensorSource:
     """What a build reads a checkpoint's weights from, with `adapter` merged. `advance`, if given, is told the bytes
     read.
 
+    With a `reader`, which then reads all of it, the source is for one thread, and a packed matrix may lie in what is
+    staged, until the next is. `advance` is then told of packed matrices only.
+
     Raises:
         UnsupportedError: there is an adapter, and the weights are quantised.
     """
-    return _source_over(
-        TensorReader(checkpoint.index, checkpoint.layout, advance=advance), checkpoint, adapter, advance
-    )
+    tensors = TensorReader(checkpoint.index, checkpoint.layout, advance=advance, ranges=reader)
+    return _source_over(tensors, checkpoint, adapter, advance, reader)
 
 
 def open_survey(checkpoint: Checkpoint, adapter: Adapter | None = None) -> tuple[TensorSource, HeaderSurvey]:
@@ -108,15 +129,19 @@ def open_survey(checkpoint: Checkpoint, adapter: Adapter | None = None) -> tuple
     Raises as `open_source` does.
     """
     survey = HeaderSurvey(checkpoint.index, checkpoint.layout)
-    return _source_over(survey, checkpoint, adapter, None), survey
+    return _source_over(survey, checkpoint, adapter), survey
 
 
 def _source_over(
-    tensors: TensorSource, checkpoint: Checkpoint, adapter: Adapter | None, advance: Advance | None
+    tensors: TensorSource,
+    checkpoint: Checkpoint,
+    adapter: Adapter | None,
+    advance: Advance | None = None,
+    reader: StagedReader | None = None,
 ) -> TensorSource:
     source = tensors
     if checkpoint.preset is not None:
-        source = PackedCheckpointSource(tensors, checkpoint.index, checkpoint.preset, advance=advance)
+        source = PackedCheckpointSource(tensors, checkpoint.index, checkpoint.preset, advance=advance, reader=reader)
     elif checkpoint.gptq is not None:
         source = GptqSource(tensors, checkpoint.index, checkpoint.layout, checkpoint.gptq)
     if adapter is None:

@@ -1,4 +1,4 @@
-"""Reading our own packed format: the matrices are mapped from the files, not copied.
+"""Reading our own packed format: the matrices are mapped from the files, or lie in what was staged, and not copied.
 
 The format: docs/packed-format.md.
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from ernie45.checkpoint.headers import CheckpointIndex
 from ernie45.checkpoint.packed_config import matrix_scheme
 from ernie45.checkpoint.progress import Advance
 from ernie45.checkpoint.read import TORCH_DTYPES, TensorSource
+from ernie45.checkpoint.staged_reads import StagedReader
 from ernie45.errors import CorruptFileError, TensorError
 from ernie45.presets import QuantPreset
 from ernie45.quantization.packed import Packed, PackedInt4, PackedInt8
@@ -44,15 +46,24 @@ class PackedCheckpointSource:
     On a CPU the packed matrices are the files' own pages, which the system reads when they are first used, and may drop
     and read again: the files must not be written to while the model is in use. `advance`, if given, is told the bytes
     of each matrix when it is read.
+
+    With a `reader`, which `source` has too, nothing is mapped: a matrix lies in what is staged, until the next is.
     """
 
     def __init__(
-        self, source: TensorSource, index: CheckpointIndex, preset: QuantPreset, *, advance: Advance | None = None
+        self,
+        source: TensorSource,
+        index: CheckpointIndex,
+        preset: QuantPreset,
+        *,
+        advance: Advance | None = None,
+        reader: StagedReader | None = None,
     ) -> None:
         self._source = source
         self._index = index
         self._preset = preset
         self._advance = advance
+        self._reader = reader
         self._files: dict[Path, mmap.mmap] = {}
         self._copied: list[tuple[mmap.mmap, int, int]] = []
 
@@ -92,15 +103,18 @@ class PackedCheckpointSource:
         for leaf, (dtype, shape) in wanted.items():
             self._check_fit(f"{name}.{leaf}", dtype, shape)
         if device.type == "meta":
-            return kind(**{leaf: self._surveyed(f"{name}.{leaf}", shape) for leaf, (_, shape) in wanted.items()})
-        tensors = {leaf: self._mapped(f"{name}.{leaf}") for leaf in wanted}
+            return kind(**{leaf: self._read(f"{name}.{leaf}", device) for leaf in wanted})
+        if self._reader is not None:
+            tensors = {leaf: self._staged(f"{name}.{leaf}", self._reader) for leaf in wanted}
+        else:
+            tensors = {leaf: self._mapped(f"{name}.{leaf}") for leaf in wanted}
+            # Other devices have memory of their own, and kernels put codes into an order of theirs. What is used where
+            # it is comes back with its first use.
+            self._copied += [self._place(f"{name}.{leaf}") for leaf in wanted]
         for leaf, tensor in tensors.items():
             _check_values(f"{name}.{leaf}", tensor)
         if self._advance is not None:
             self._advance(sum(tensor.nbytes for tensor in tensors.values()))
-        # Other devices have memory of their own, and kernels put codes into an order of theirs. What is used where it
-        # is comes back with its first use.
-        self._copied += [self._place(f"{name}.{leaf}") for leaf in tensors]
         return kind(**{leaf: tensor.to(device) for leaf, tensor in tensors.items()})
 
     def _int4_tensors(self, name: str, num_rows: int, in_features: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -138,10 +152,18 @@ class PackedCheckpointSource:
                 hint=_SAVE_AGAIN,
             )
 
-    def _surveyed(self, key: str, shape: tuple[int, ...]) -> Tensor:
-        out = torch.empty(shape, dtype=TORCH_DTYPES[self._index.tensors[key].dtype], device="meta")
-        self._source.read_into(out, {key: shape[0]})
+    def _read(self, key: str, device: torch.device) -> Tensor:
+        info = self._index.tensors[key]
+        out = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype], device=device)
+        self._source.read_into(out, {key: info.shape[0]})
         return out
+
+    def _staged(self, key: str, reader: StagedReader) -> Tensor:
+        info = self._index.tensors[key]
+        content = reader.view(info)
+        if content is None:
+            return self._read(key, torch.device("cpu"))
+        return torch.frombuffer(content, dtype=TORCH_DTYPES[info.dtype]).view(info.shape)
 
     def _mapped(self, key: str) -> Tensor:
         info = self._index.tensors[key]
@@ -179,9 +201,10 @@ def _int8_tensors(num_rows: int, in_features: int) -> dict[str, tuple[str, tuple
 def _check_values(key: str, tensor: Tensor) -> None:
     """Raises TensorError for values that would break a product, or every answer."""
     problem = None
-    if tensor.dtype == torch.int8 and int(tensor.amin()) < -127:
+    # By numpy: torch would have threads of its own look, beside those that read experts while the model runs.
+    if tensor.dtype == torch.int8 and tensor.numpy().min(initial=0) < -127:
         problem = "-128, below the least code"
-    elif tensor.is_floating_point() and not tensor.isfinite().all():
+    elif tensor.is_floating_point() and not np.isfinite(tensor.float().numpy()).all():
         problem = f"{int((~tensor.isfinite()).sum())} values that are not finite (NaN or infinity)"
     elif tensor.dtype == torch.int32 and not torch.equal(tensor.sort().values, torch.arange(len(tensor)).int()):
         problem = f"something else than each number below {len(tensor)} once"

@@ -1,4 +1,4 @@
-"""Writing our own packed format from a checkpoint in any layout, matrix by matrix.
+"""Writing a folder, in our own packed format or plainly, from a checkpoint in any layout, matrix by matrix.
 
 The format: docs/packed-format.md. A plan made from headers fixes every byte range before anything is written, and the
 same weights and preset give the same files.
@@ -7,12 +7,14 @@ same weights and preset give the same files.
 from __future__ import annotations
 
 import json
-import os
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeGuard, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -24,12 +26,15 @@ from ernie45.checkpoint.open import Checkpoint, open_source, open_survey
 from ernie45.checkpoint.packed import packed_name
 from ernie45.checkpoint.packed_config import matrix_scheme, packed_entries
 from ernie45.checkpoint.progress import Advance
-from ernie45.checkpoint.read import TORCH_DTYPES, BlockSource, PackedSource, TensorSource
+from ernie45.checkpoint.read import BLOCK_BYTES, TORCH_DTYPES, BlockSource, PackedSource, TensorSource
 from ernie45.checkpoint.write import (
     DEFAULT_SHARD_BYTES,
     PARTIAL_SUFFIX,
+    START,
+    AppendedFile,
     FolderFiles,
     Unit,
+    append_shard,
     check_apart,
     check_room,
     copied_files,
@@ -38,14 +43,13 @@ from ernie45.checkpoint.write import (
     move_file,
     plan_shards,
     plan_units,
-    read_unit,
     sync_folder,
     write_file,
 )
 from ernie45.errors import InvalidRequestError, UnsupportedError
 from ernie45.presets import INT4_GROUP, QuantPreset, Scheme
-from ernie45.quantization.packed import Packed, PackedInt8, empty_packed
-from ernie45.quantization.quantize import quantize_blocks_into, quantize_into
+from ernie45.quantization.packed import Packed, empty_packed
+from ernie45.quantization.quantize import quantize_into
 from ernie45.types.reports import IgnoredTensor
 
 Build = Callable[[TensorSource], object]
@@ -54,40 +58,56 @@ Build = Callable[[TensorSource], object]
 # config.json: how another layout is told, and code that is not copied.
 _LEFT_OUT = ("source", "paddleformers_version", "auto_map", "quantization_config")
 _AS_LONG_AS_THE_VOCABULARY = ("model.embed_tokens", "lm_head")
+_EXPERT = re.compile(r".*\.mlp\.experts\.\d+\.")
 _STORED_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items() if name != "U16"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Matrix:
-    """A matrix to write packed. `parts` maps its -PT modules to rows; `scheme` is None where it is packed already."""
+class Matrix:
+    """A matrix to write packed. `parts` maps its -PT modules to rows; `scheme` is None where it is packed already.
+
+    Else it is read in `dtype` and rounded from there. `in_blocks`: it is as long as the vocabulary and stored row by
+    row, so that it need not be read as a whole.
+    """
 
     parts: Mapping[str, int]
     in_features: int
     scheme: Scheme | None
+    dtype: torch.dtype
+    in_blocks: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(self.parts.values()), self.in_features
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of it as a whole in `dtype`."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Step:
+class Step:
     """Tensors that are made at once: those of a packed matrix, one unit each, or a unit that is stored plainly."""
 
     units: tuple[Unit, ...]
-    matrix: _Matrix | None = None
+    matrix: Matrix | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackPlan:
-    """The files of a packed folder: `shards` with the weights, and `small_files` by name.
-
-    `dtype` is what matrices are read in before they are quantised. `steps` are how the weights are made, in the order
-    of a build. `dropped` are stored tensors that the folder does without.
-    """
+    """The files of a folder, and how their weights are made: `steps`, in the order of a build. `dropped` are stored
+    tensors that the folder does without."""
 
     checkpoint: Checkpoint
     adapter: Adapter | None
-    dtype: torch.dtype
-    steps: tuple[_Step, ...]
+    steps: tuple[Step, ...]
     files: FolderFiles
     dropped: tuple[IgnoredTensor, ...]
+
+    def open_reader(self) -> UnitReader:
+        """What makes the content of `files`."""
+        return UnitReader(open_source(self.checkpoint, self.adapter), self.steps)
 
 
 def plan_packing(
@@ -121,13 +141,13 @@ def plan_packing(
         )
     entries = packed_entries(preset)
     source, survey = open_survey(checkpoint, adapter)
-    recorder = _Recorder(checkpoint, source, preset, adapter)
+    recorder = _Recorder(checkpoint, source, preset, adapter, dtype)
     build(recorder)
     if isinstance(source, AdaptedSource):
         source.check_all_merged()
     dropped = checkpoint.account_for(survey.unread())
     steps = tuple(recorder.steps)
-    shards = plan_shards([unit for step in steps for unit in step.units], max_shard_bytes)
+    shards = plan_shards(_groups(steps), max_shard_bytes)
     written = {key: value for key, value in config.items() if key not in _LEFT_OUT}
     if adapter is not None:
         written["dtype"] = str(dtype).removeprefix("torch.")
@@ -144,7 +164,6 @@ def plan_packing(
     return PackPlan(
         checkpoint=checkpoint,
         adapter=adapter,
-        dtype=dtype,
         steps=steps,
         files=FolderFiles(shards=shards, small_files=small_files),
         dropped=dropped,
@@ -169,7 +188,12 @@ def write_packed(plan: PackPlan, folder: Path, *, advance: Advance = lambda num_
         try:
             folder.mkdir(parents=True, exist_ok=True)
             check_room(folder, plan.files.num_bytes)
-            _write_shards(plan, folder, advance)
+            reader = plan.open_reader()
+            for shard in plan.files.shards:
+                with AppendedFile(folder / (shard.file_name + PARTIAL_SUFFIX), START) as file:
+                    for _ in append_shard(file, shard, reader, advance):
+                        pass
+                    file.sync()
             for shard in plan.files.shards:
                 move_file(folder / (shard.file_name + PARTIAL_SUFFIX), folder / shard.file_name)
             for name, content in plan.files.small_files.items():
@@ -186,83 +210,95 @@ def write_packed(plan: PackPlan, folder: Path, *, advance: Advance = lambda num_
             raise
 
 
-def _write_shards(plan: PackPlan, folder: Path, advance: Advance) -> None:
-    places: dict[str, tuple[int, int]] = {}
-    with ExitStack() as stack:
-        for shard in plan.files.shards:
-            path = folder / (shard.file_name + PARTIAL_SUFFIX)
-            file = stack.enter_context(path.open("xb", buffering=0)).fileno()
-            write_at(file, shard.header, 0)
-            advance(len(shard.header))
-            position = len(shard.header)
-            for unit in shard.units:
-                places[next(iter(unit.rows))] = (file, position)
-                position += unit.num_bytes
-        for unit, content in _contents(plan):
-            file, position = places[next(iter(unit.rows))]
-            write_at(file, content, position)
-            advance(unit.num_bytes)
-        for file in {file for file, _ in places.values()}:
-            os.fsync(file)
+@final
+class UnitReader:
+    """Makes units, those of a packed matrix from the matrix that was read last. In memory it holds one matrix as it is
+    read, or a block of one as long as the vocabulary, and a block of codes."""
 
+    def __init__(self, source: TensorSource, steps: Sequence[Step]) -> None:
+        self._source = source
+        self._steps = {_name(unit): step for step in steps for unit in step.units}
+        self._staging = torch.empty(max(map(_staging_bytes, steps)), dtype=torch.uint8)
+        self._made: dict[str, Tensor] = {}
 
-def write_at(descriptor: int, data: bytes | memoryview, position: int) -> None:
-    """Write every byte from `position` of a file on; one call of the system writes 2 GiB at most."""
-    left = memoryview(data)
-    while left:
-        written = os.pwrite(descriptor, left, position)
-        left, position = left[written:], position + written
-
-
-def _contents(plan: PackPlan) -> Iterator[tuple[Unit, memoryview]]:
-    """Every unit with its bytes, in the order of the steps, until the next is asked for."""
-    source = open_source(plan.checkpoint, plan.adapter)
-    staging = torch.empty(max(_staging_bytes(step, source, plan.dtype) for step in plan.steps), dtype=torch.uint8)
-    for step in plan.steps:
+    def read(self, unit: Unit) -> Iterator[memoryview]:
+        """The unit's bytes as they go into the file, in pieces, each until the next is asked for. Raises as
+        `TensorSource.read_into` does."""
+        name = _name(unit)
+        step = self._steps[name]
         if step.matrix is None:
-            yield from ((unit, read_unit(source, unit, staging)) for unit in step.units)
-            continue
-        tensors = [
-            tensor
-            for packed in _read_packed(source, step.matrix, staging.view(plan.dtype))
-            for tensor in packed.tensors().values()
-        ]
-        for unit, tensor in zip(step.units, tensors, strict=True):
-            yield unit, tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+            yield self._read_plain(unit)
+        elif step.matrix.scheme is not None and unit is step.units[0]:
+            yield from self._quantised(step, step.matrix, step.matrix.scheme)
+        else:
+            if name not in self._made:
+                self._make(step, step.matrix)
+            yield _bytes_of(self._made[name].contiguous())
 
+    def _read_plain(self, unit: Unit) -> memoryview:
+        raw = self._staging[: unit.num_bytes]
+        values = raw.view(TORCH_DTYPES[unit.dtype])
+        out = values.view(unit.shape[::-1]).T if unit.transposed else values.view(unit.shape)
+        self._source.read_into(out, unit.rows)
+        return _bytes_of(raw)
 
-def _staging_bytes(step: _Step, source: TensorSource, dtype: torch.dtype) -> int:
-    """Bytes, in whole values of `dtype`, of what a step reads before it is written."""
-    matrix = step.matrix
-    if matrix is None:
-        return max(-(-unit.num_bytes // dtype.itemsize) * dtype.itemsize for unit in step.units)
-    if matrix.scheme is None or _in_blocks(source, matrix):
-        return 0
-    return sum(matrix.parts.values()) * matrix.in_features * dtype.itemsize
-
-
-def _in_blocks(source: TensorSource, matrix: _Matrix) -> TypeGuard[BlockSource]:
-    return isinstance(source, BlockSource) and next(iter(matrix.parts)) in _AS_LONG_AS_THE_VOCABULARY
-
-
-def _read_packed(source: TensorSource, matrix: _Matrix, staging: Tensor) -> Sequence[Packed]:
-    """A matrix in the very form in which a build would keep it."""
-    parts, in_features, num_rows = matrix.parts, matrix.in_features, sum(matrix.parts.values())
-    cpu = torch.device("cpu")
-    if matrix.scheme is None:
-        assert isinstance(source, PackedSource)
-        stored = source.read_packed(parts, in_features, cpu)
+    def _make(self, step: Step, matrix: Matrix) -> None:
+        """Have the tensors of a matrix; without its codes where they are rounded."""
+        if matrix.scheme is not None:
+            for _ in self._quantised(step, matrix, matrix.scheme):
+                pass
+            return
+        assert isinstance(self._source, PackedSource)
+        stored = self._source.read_packed(matrix.parts, matrix.in_features, torch.device("cpu"))
         assert stored is not None
-        return stored
-    packed = empty_packed(matrix.scheme, num_rows, in_features, INT4_GROUP, cpu)
-    if isinstance(packed, PackedInt8) and _in_blocks(source, matrix):
-        (name,) = _weights(parts)
-        quantize_blocks_into(packed, source.read_blocks(name, (num_rows, in_features)))
-    else:
-        weight = staging[: num_rows * in_features].view(num_rows, in_features)
-        source.read_into(weight, _weights(parts))
-        quantize_into(packed, weight)
-    return [packed]
+        tensors = [tensor for packed in stored for tensor in packed.tensors().values()]
+        self._made = {_name(unit): tensor for unit, tensor in zip(step.units, tensors, strict=True)}
+
+    def _quantised(self, step: Step, matrix: Matrix, scheme: Scheme) -> Iterator[memoryview]:
+        """A matrix's codes, rounded as a build does it, some rows at a time in the same memory; its other tensors are
+        kept."""
+        room_rows = min(matrix.shape[0], max(1, BLOCK_BYTES // matrix.in_features))
+        cpu = torch.device("cpu")
+        codes = empty_packed(scheme, room_rows, matrix.in_features, INT4_GROUP, cpu).codes
+        packed = empty_packed(scheme, *matrix.shape, INT4_GROUP, cpu, lambda shape, dtype: codes)
+        first = 0
+        for block in self._read_rows(matrix):
+            for rows in block.split(room_rows):
+                piece = {leaf: tensor[first : first + len(rows)] for leaf, tensor in packed.tensors().items()}
+                piece["codes"] = codes[: len(rows)]
+                quantize_into(type(packed)(**piece), rows)
+                first += len(rows)
+                yield _bytes_of(piece["codes"])
+        self._made = {_name(unit): packed.tensors()[_leaf(unit)] for unit in step.units[1:]}
+
+    def _read_rows(self, matrix: Matrix) -> Iterator[Tensor]:
+        weights = _weights(matrix.parts)
+        if matrix.in_blocks:
+            assert isinstance(self._source, BlockSource)
+            yield from self._source.read_blocks(next(iter(weights)), matrix.shape)
+        else:
+            weight = self._staging[: matrix.read_bytes].view(matrix.dtype).view(matrix.shape)
+            self._source.read_into(weight, weights)
+            yield weight
+
+
+def _staging_bytes(step: Step) -> int:
+    """Bytes of what a step reads before it is written."""
+    if step.matrix is None:
+        return max(unit.num_bytes for unit in step.units)
+    return 0 if step.matrix.scheme is None or step.matrix.in_blocks else step.matrix.read_bytes
+
+
+def _groups(steps: Sequence[Step]) -> Iterator[list[Unit]]:
+    """The units that lie in one file: those of a matrix, and those of a routed expert, which can be read at once."""
+    for _, group in groupby(steps, key=_group_name):
+        yield [unit for step in group for unit in step.units]
+
+
+def _group_name(step: Step) -> str:
+    name = _name(step.units[0])
+    expert = _EXPERT.match(name)
+    return name if expert is None else expert[0]
 
 
 @final
@@ -270,14 +306,20 @@ class _Recorder:
     """Answers a build on the "meta" device, and keeps what it asked for as steps."""
 
     def __init__(
-        self, checkpoint: Checkpoint, source: TensorSource, preset: QuantPreset, adapter: Adapter | None
+        self,
+        checkpoint: Checkpoint,
+        source: TensorSource,
+        preset: QuantPreset,
+        adapter: Adapter | None,
+        dtype: torch.dtype,
     ) -> None:
         self._checkpoint = checkpoint
         self._source = source
         self._preset = preset
         self._adapted = frozenset() if adapter is None else frozenset(adapter.names)
+        self._dtype = dtype
         self._target = PtLayout(has_two_banks=checkpoint.spec.vision is not None)
-        self.steps: list[_Step] = []
+        self.steps: list[Step] = []
 
     def __contains__(self, name: object) -> bool:
         return name in self._source
@@ -289,7 +331,7 @@ class _Recorder:
             if not self._adapted.isdisjoint(unit.rows):
                 # Merged, a tensor is rounded to what the model computes with, which may be wider than its file.
                 unit = replace(unit, dtype=_STORED_NAMES[out.dtype])
-            self.steps.append(_Step(units=(unit,)))
+            self.steps.append(Step(units=(unit,)))
 
     def read_packed(self, parts: Mapping[str, int], in_features: int, device: torch.device) -> Sequence[Packed] | None:
         scheme: Scheme | None = None
@@ -309,9 +351,17 @@ class _Recorder:
             for name, packed in zip(names, stored, strict=True)
             for leaf, tensor in packed.tensors().items()
         )
-        matrix = _Matrix(parts=dict(parts), in_features=in_features, scheme=scheme)
-        self.steps.append(_Step(units=units, matrix=matrix))
+        self.steps.append(Step(units=units, matrix=self._matrix(parts, in_features, scheme)))
         return stored
+
+    def _matrix(self, parts: Mapping[str, int], in_features: int, scheme: Scheme | None) -> Matrix:
+        dtype, in_blocks, module = self._dtype, False, next(iter(parts))
+        if scheme is not None and module in _AS_LONG_AS_THE_VOCABULARY:
+            # As while loading, it is rounded from the dtype that it is stored in.
+            piece = self._checkpoint.layout.locate(f"{module}.weight")
+            dtype = TORCH_DTYPES[self._checkpoint.index.tensors[piece.key].dtype]
+            in_blocks = not piece.transposed and piece.columns is None
+        return Matrix(parts=dict(parts), in_features=in_features, scheme=scheme, dtype=dtype, in_blocks=in_blocks)
 
 
 def _unit(name: str, tensor: Tensor) -> Unit:
@@ -320,3 +370,15 @@ def _unit(name: str, tensor: Tensor) -> Unit:
 
 def _weights(parts: Mapping[str, int]) -> dict[str, int]:
     return {f"{name}.weight": width for name, width in parts.items()}
+
+
+def _name(unit: Unit) -> str:
+    return next(iter(unit.rows))
+
+
+def _leaf(unit: Unit) -> str:
+    return _name(unit).rpartition(".")[2]
+
+
+def _bytes_of(contiguous: Tensor) -> memoryview:
+    return contiguous.view(-1).view(torch.uint8).numpy().data

@@ -6,13 +6,33 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import final
+from typing import Protocol, final
 
 from ernie45.checkpoint.progress import Advance
 
 _PIECE_BYTES = 4 << 20
 _NUM_THREADS = 4  # a disk is fastest with some requests at once; from the page cache two cores copy
 _AHEAD_BYTES = 128 << 20
+
+
+class ByteSource(Protocol):
+    """Where the bytes of files are read."""
+
+    def read(self, path: Path, start: int, target: memoryview) -> int:
+        """Fill `target` with the bytes of a file from `start` on; returns how many there were, fewer at its end."""
+        ...
+
+
+def read_fully(descriptor: int, start: int, target: memoryview, *, block_bytes: int = 1) -> int:
+    """Fill `target` from an open file, however many reads that takes; returns how many bytes there were, fewer at the
+    end of the file. Each read begins a multiple of `block_bytes` after `start`."""
+    done = 0
+    while done < len(target):
+        num_bytes = os.preadv(descriptor, [target[done:]], start + done)
+        if num_bytes < block_bytes:
+            return done + num_bytes
+        done += num_bytes - num_bytes % block_bytes
+    return done
 
 
 @final
@@ -49,12 +69,7 @@ class RangeReader:
             os.close(descriptor)
 
     def _read_piece(self, descriptor: int, start: int, target: memoryview) -> int:
-        done = 0
-        while done < len(target):
-            num_bytes = os.preadv(descriptor, [target[done:]], start + done)
-            if not num_bytes:
-                break
-            done += num_bytes
+        done = read_fully(descriptor, start, target)
         if self._advance is not None:
             self._advance(done)
         return done

@@ -15,7 +15,7 @@ import torch
 from ernie45.checkpoint.headers import CheckpointIndex, TensorInfo
 from ernie45.checkpoint.layouts import Layout, Piece
 from ernie45.checkpoint.progress import Advance
-from ernie45.checkpoint.range_reads import RangeReader
+from ernie45.checkpoint.range_reads import ByteSource, RangeReader
 from ernie45.errors import CorruptFileError, TensorError
 from ernie45.quantization.packed import Packed
 
@@ -158,13 +158,21 @@ class TensorReader:
     """Reads tensors of a checkpoint into memory the caller has laid out, by their -PT names.
 
     Files are read, not mapped, so that their pages never count as this process's memory. Safe to use from
-    several threads. `advance`, if given, is told the bytes read, on several threads.
+    several threads, unless `ranges` is not. `advance`, if given, is told the bytes read, on several threads; but
+    nothing where `ranges` reads them.
     """
 
-    def __init__(self, index: CheckpointIndex, layout: Layout, *, advance: Advance | None = None) -> None:
+    def __init__(
+        self,
+        index: CheckpointIndex,
+        layout: Layout,
+        *,
+        advance: Advance | None = None,
+        ranges: ByteSource | None = None,
+    ) -> None:
         self._index = index
         self._layout = layout
-        self._ranges = RangeReader(advance)
+        self._ranges = RangeReader(advance) if ranges is None else ranges
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self._layout.locate(name).key in self._index.tensors

@@ -1,4 +1,4 @@
-"""Writing -PT checkpoints: a plan made from headers alone, and files that survive being cut off.
+"""Writing checkpoints: a plan made from headers alone, and files that survive being cut off.
 
 The plan fixes every byte range before anything is written, and the same tensors give the same plan, however the source
 lays them out and splits them into files. Format: https://github.com/huggingface/safetensors#format
@@ -17,14 +17,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
-
-import torch
+from typing import Protocol, final
 
 from ernie45.checkpoint.headers import DTYPE_BYTES, SINGLE_FILE, CheckpointIndex
 from ernie45.checkpoint.layouts import Layout, PtLayout
 from ernie45.checkpoint.progress import Advance
-from ernie45.checkpoint.read import TORCH_DTYPES, TensorReader, TensorSource
 from ernie45.errors import CheckpointError, CorruptFileError, InvalidRequestError
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -135,16 +132,18 @@ def plan_units(index: CheckpointIndex, layout: Layout, names: Iterable[str], tar
     )
 
 
-def plan_shards(units: Sequence[Unit], max_shard_bytes: int) -> tuple[Shard, ...]:
-    """Fill files of at most `max_shard_bytes` of tensors, in order; a larger unit gets a file of its own."""
+def plan_shards(groups: Iterable[Sequence[Unit]], max_shard_bytes: int) -> tuple[Shard, ...]:
+    """Fill files of at most `max_shard_bytes` of tensors, in order. A group is never split: a larger one gets a file of
+    its own."""
     fills: list[list[Unit]] = [[]]
     filled = 0
-    for unit in units:
-        if fills[-1] and filled + unit.num_bytes > max_shard_bytes:
+    for group in groups:
+        num_bytes = sum(unit.num_bytes for unit in group)
+        if fills[-1] and filled + num_bytes > max_shard_bytes:
             fills.append([])
             filled = 0
-        fills[-1].append(unit)
-        filled += unit.num_bytes
+        fills[-1] += group
+        filled += num_bytes
     if len(fills) == 1:
         return (_shard(SINGLE_FILE, fills[0]),)
     return tuple(
@@ -162,26 +161,12 @@ def index_json(shards: Sequence[Shard]) -> bytes | None:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-@final
-class UnitReader:
-    """Reads units, each into the same memory: as much as the largest needs, and the reader's staging buffer."""
+class UnitSource(Protocol):
+    """Where the bytes of units come from."""
 
-    def __init__(self, reader: TensorReader, shards: Sequence[Shard]) -> None:
-        self._reader = reader
-        self._buffer = torch.empty(max(unit.num_bytes for shard in shards for unit in shard.units), dtype=torch.uint8)
-
-    def read(self, unit: Unit) -> memoryview:
-        """The unit's bytes as they go into the file, until the next call. Raises as `TensorReader.read_into` does."""
-        return read_unit(self._reader, unit, self._buffer)
-
-
-def read_unit(source: TensorSource, unit: Unit, buffer: torch.Tensor) -> memoryview:
-    """A unit's bytes as they go into the file, in the front of `buffer` uint8."""
-    raw = buffer[: unit.num_bytes]
-    values = raw.view(TORCH_DTYPES[unit.dtype])
-    out = values.view(unit.shape[::-1]).T if unit.transposed else values.view(unit.shape)
-    source.read_into(out, unit.rows)
-    return raw.numpy().data
+    def read(self, unit: Unit) -> Iterable[memoryview]:
+        """The unit's bytes as they go into the file, in pieces, each until the next is asked for."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,7 +208,7 @@ class AppendedFile:
         self.num_bytes = mark.num_bytes
 
     def append(self, data: bytes | memoryview) -> None:
-        write_all(self._file.fileno(), data)
+        write_at(self._file.fileno(), data, self.num_bytes)
         self._sha256.update(data)
         self.num_bytes += len(data)
 
@@ -239,7 +224,7 @@ class AppendedFile:
         self._file.close()
 
 
-def append_shard(file: AppendedFile, shard: Shard, reader: UnitReader, advance: Advance) -> Iterable[int]:
+def append_shard(file: AppendedFile, shard: Shard, source: UnitSource, advance: Advance) -> Iterator[int]:
     """Append what `file` lacks of the shard, unit by unit; yields the bytes appended, so that the caller can set marks.
 
     The file ends with a whole unit, or is empty.
@@ -251,8 +236,9 @@ def append_shard(file: AppendedFile, shard: Shard, reader: UnitReader, advance: 
     position = len(shard.header)
     for unit in shard.units:
         if position >= file.num_bytes:
-            file.append(reader.read(unit))
-            advance(unit.num_bytes)
+            for piece in source.read(unit):
+                file.append(piece)
+                advance(len(piece))
             yield unit.num_bytes
         position += unit.num_bytes
 
@@ -338,11 +324,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_all(descriptor: int, data: bytes | memoryview) -> None:
-    """Write every byte; one call of the system writes 2 GiB at most."""
+def write_at(descriptor: int, data: bytes | memoryview, position: int) -> None:
+    """Write every byte from `position` of a file on; one call of the system writes 2 GiB at most."""
     left = memoryview(data)
     while left:
-        left = left[os.write(descriptor, left) :]
+        written = os.pwrite(descriptor, left, position)
+        left, position = left[written:], position + written
 
 
 def _stored_as(index: CheckpointIndex, layout: Layout, name: str) -> tuple[str, tuple[int, ...]]:
@@ -384,10 +371,9 @@ def _shard(file_name: str, units: Sequence[Unit]) -> Shard:
 
 
 def _alignment_order(unit: Unit) -> int:
-    """Units of tensors of whole lines come first, as they are; the others by falling item size, so that every tensor
-    starts at a multiple of its own."""
+    """Units of tensors of whole lines come first, then those of whole 4 bytes, then the others, so that every tensor
+    starts at a multiple of its item size. What belongs together and is of whole 4 bytes lies in two places at most."""
     item_bytes = DTYPE_BYTES[unit.dtype]
     row_bytes = math.prod(unit.row_shape) * item_bytes
-    if all(num_rows * row_bytes % _ALIGNMENT == 0 for num_rows in unit.rows.values()):
-        return -_ALIGNMENT
-    return -item_bytes
+    divisor = math.gcd(*(num_rows * row_bytes for num_rows in unit.rows.values()))
+    return -next(size for size in (_ALIGNMENT, max(4, item_bytes), 2, 1) if divisor % size == 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from ernie45.memory.budget import parse_bytes
@@ -13,7 +14,10 @@ from ernie45.memory.budget import parse_bytes
 def add_convert(commands: Any) -> None:
     """Add `convert` to the subparsers of the `ernie45` command."""
     parser = commands.add_parser(
-        "convert", help="write a checkpoint, Paddle's or -PT, as a clean -PT folder, or packed"
+        "convert",
+        help="write a checkpoint, Paddle's or -PT, as a clean -PT folder, or packed",
+        description="Write a checkpoint, Paddle's or -PT, as a clean -PT folder, or packed in 8 or 4 bits. Cut off at "
+        "any point and run again, the command goes on; on a finished folder it changes nothing.",
     )
     parser.add_argument("source", metavar="SRC", help="name, folder or Hub id")
     parser.add_argument("destination", metavar="DST", help="a new folder, or one that an earlier run left unfinished")
@@ -40,9 +44,13 @@ def _convert(options: argparse.Namespace) -> int:
 
     size = options.max_shard_size
     shard_bytes = DEFAULT_SHARD_BYTES if size is None else parse_bytes(size)
-    report = convert(
-        options.source, options.destination, quantization=options.quantization, max_shard_bytes=shard_bytes
-    )
+    try:
+        report = convert(
+            options.source, options.destination, quantization=options.quantization, max_shard_bytes=shard_bytes
+        )
+    except KeyboardInterrupt:
+        print("\ninterrupted: run the same command again, and it goes on", file=sys.stderr)
+        raise
     print(report)
     return 0
 

@@ -13,16 +13,18 @@ import torch
 
 from ernie45.backends.base import BuildOptions
 from ernie45.backends.registry import find_architecture
-from ernie45.checkpoint.headers import INDEX_FILE, CheckpointIndex
+from ernie45.checkpoint.headers import INDEX_FILE
 from ernie45.checkpoint.layouts import PtLayout
 from ernie45.checkpoint.open import Checkpoint, open_checkpoint, read_config
+from ernie45.checkpoint.packing import PackPlan, Step
 from ernie45.checkpoint.survey import HeaderSurvey
 from ernie45.checkpoint.write import FolderFiles, Shard, copied_files, index_json, plan_shards, plan_units
 from ernie45.commands.media_tokens import media_token_ids
 from ernie45.commands.transformers_config import check_transformers_holds, transformers_config
 from ernie45.errors import CorruptFileError, UnsupportedError
+from ernie45.presets import PRESETS, QuantPreset
+from ernie45.saving import plan_saving
 from ernie45.spec import ModelSpec
-from ernie45.types.reports import IgnoredTensor
 
 CHECKSUM_FILE = "SHA256SUMS"
 _SAMPLE_BYTES = 1024
@@ -30,16 +32,11 @@ _SAMPLE_BYTES = 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConversionPlan:
-    """The files of a -PT folder: `shards` with the weights, and `small_files` by name.
+    """The folder to write, as `pack` says. `digest` stands for all of it and for the source, so that two runs can tell
+    whether they are the same."""
 
-    `digest` stands for all of it and for the source, so that two runs can tell whether they are the same. `dropped`
-    are stored tensors that the folder does without.
-    """
-
-    checkpoint: Checkpoint
-    files: FolderFiles
+    pack: PackPlan
     digest: str
-    dropped: tuple[IgnoredTensor, ...]
     warnings: tuple[str, ...]
 
 
@@ -49,13 +46,24 @@ def check_config(folder: Path) -> None:
     find_architecture(config).parse_spec(config)
 
 
-def plan_conversion(folder: Path, *, max_shard_bytes: int) -> ConversionPlan:
-    """Check a checkpoint folder as loading does, and lay out what it becomes.
+def plan_conversion(folder: Path, preset: QuantPreset, *, max_shard_bytes: int) -> ConversionPlan:
+    """Check a checkpoint folder as loading does, and lay out what it becomes: with the preset "none" a -PT folder as
+    transformers reads it, with another a packed one.
 
     Raises:
         CheckpointError: or one of its kinds: what loading would refuse.
-        UnsupportedError: transformers could not hold it, or the weights are quantised.
+        UnsupportedError: transformers could not hold it, or the weights are quantised, or matrices of the preset have
+            no place in files.
     """
+    if preset == PRESETS["none"]:
+        pack, warnings = _plan_pt(folder, max_shard_bytes)
+    else:
+        pack, warnings = plan_saving(folder, preset, max_shard_bytes=max_shard_bytes), ()
+    return ConversionPlan(pack=pack, digest=_digest(pack), warnings=warnings)
+
+
+def _plan_pt(folder: Path, max_shard_bytes: int) -> tuple[PackPlan, tuple[str, ...]]:
+    """A folder without packed matrices, and warnings."""
     config = read_config(folder)
     architecture = find_architecture(config)
     checkpoint = open_checkpoint(folder, config, architecture.parse_spec(config))
@@ -76,15 +84,16 @@ def plan_conversion(folder: Path, *, max_shard_bytes: int) -> ConversionPlan:
     units = plan_units(index, layout, names, PtLayout(has_two_banks=spec.vision is not None))
     for unit in units:  # the survey has not asked for the multi-token-prediction head
         survey.read_into(torch.empty(unit.shape, device="meta"), unit.rows)
-    shards = plan_shards(units, max_shard_bytes)
+    shards = plan_shards([(unit,) for unit in units], max_shard_bytes)
     small_files = _small_files(folder, config, checkpoint, shards, tied="lm_head.weight" not in names)
-    return ConversionPlan(
+    pack = PackPlan(
         checkpoint=checkpoint,
+        adapter=None,
+        steps=tuple(Step(units=(unit,)) for unit in units),
         files=FolderFiles(shards=shards, small_files=small_files),
-        digest=_digest(index, shards, small_files),
         dropped=dropped,
-        warnings=tuple(_warnings(spec, names)),
     )
+    return pack, tuple(_warnings(spec, names))
 
 
 def config_of(checkpoint: Checkpoint, config: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
@@ -116,15 +125,15 @@ def _small_files(
     return files | copied_files(folder)
 
 
-def _digest(index: CheckpointIndex, shards: tuple[Shard, ...], small_files: Mapping[str, bytes]) -> str:
+def _digest(pack: PackPlan) -> str:
     """Of what is written, and of the first bytes of every stored tensor: two trainings of one model have the same
     names and shapes."""
     digest = hashlib.sha256()
-    for shard in shards:
+    for shard in pack.files.shards:
         digest.update(shard.header)
-    for name, content in small_files.items():
+    for name, content in pack.files.small_files.items():
         digest.update(json.dumps([name, len(content)]).encode() + content)
-    for info in index.tensors.values():
+    for info in pack.checkpoint.index.tensors.values():
         wanted = min(_SAMPLE_BYTES, info.num_bytes)
         with info.file.open("rb", buffering=0) as file:
             file.seek(info.start)

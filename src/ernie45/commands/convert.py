@@ -1,4 +1,5 @@
-"""`ernie45 convert`: a -PT folder from a checkpoint in any layout, written so that it can be cut off at any point."""
+"""`ernie45 convert`: a -PT or packed folder from a checkpoint in any layout, written so that it can be cut off at any
+point."""
 
 from __future__ import annotations
 
@@ -8,16 +9,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ernie45.checkpoint.packing import PackPlan
+from ernie45.checkpoint.passing_thread import on_passing_thread
 from ernie45.checkpoint.progress import Advance, byte_progress
-from ernie45.checkpoint.read import TensorReader
 from ernie45.checkpoint.resolve import resolve
 from ernie45.checkpoint.write import (
     DEFAULT_SHARD_BYTES,
     PARTIAL_SUFFIX,
     AppendedFile,
     Shard,
-    UnitReader,
+    UnitSource,
     append_shard,
     check_apart,
     check_room,
@@ -30,8 +30,7 @@ from ernie45.checkpoint.write import (
 from ernie45.commands.conversion_plan import CHECKSUM_FILE, ConversionPlan, check_config, plan_conversion
 from ernie45.commands.journal import JOURNAL_FILE, Journal, open_journal
 from ernie45.errors import CorruptFileError, InvalidRequestError
-from ernie45.presets import PRESETS, QuantPreset, find_preset
-from ernie45.saving import save_checkpoint
+from ernie45.presets import QuantPreset, find_preset
 from ernie45.types.reports import IgnoredTensor
 
 SYNC_BYTES = 256 << 20
@@ -69,8 +68,7 @@ class ConvertReport:
             lines.append(f"went on after {self.resumed_bytes:,} bytes of an earlier run")
         lines += [f"left out {tensor.name}: {tensor.reason}" for tensor in self.dropped]
         lines += [f"warning: {warning}" for warning in self.warnings]
-        if CHECKSUM_FILE in self.files:
-            lines.append(f"checksums: {CHECKSUM_FILE} (check with: sha256sum -c {CHECKSUM_FILE})")
+        lines.append(f"checksums: {CHECKSUM_FILE} (check with: sha256sum -c {CHECKSUM_FILE})")
         return "\n".join(lines)
 
 
@@ -84,15 +82,15 @@ def convert(
 ) -> ConvertReport:
     """Write a checkpoint as a -PT folder, which transformers opens, or with a preset in ernie45's packed format.
 
-    In memory it holds the largest tensor and a block. Cut off at any point and run again, a -PT folder goes on, and the
-    files are byte for byte those of an uninterrupted run; on a finished destination nothing is written. A packed folder
-    that is cut off by an error or an interrupt leaves nothing.
+    In memory it holds the largest matrix and a block. Cut off at any point and run again, it goes on, and the files are
+    byte for byte those of an uninterrupted run; on a finished destination nothing is written.
 
     Args:
         source: a folder in any layout, or a name as `ErnieModel.from_pretrained` takes it.
         destination: a new or empty folder, or one that an earlier run left unfinished.
         quantization: "none" for a -PT folder, or a preset that can be stored: "int8", "int4" or a QuantPreset of these.
-        max_shard_bytes: the most bytes of tensors in one weight file; a larger tensor gets a file of its own.
+        max_shard_bytes: the most bytes of tensors in one weight file; what is larger and may not be split, a tensor or
+            a packed expert, gets a file of its own.
         progress: show a bar, where there is a terminal or a notebook.
 
     Raises:
@@ -111,11 +109,9 @@ def convert(
         )
     folder = destination_folder(destination)
     source_folder = resolve(source, progress=progress, check=check_config)
-    if preset != PRESETS["none"]:
-        packed = save_checkpoint(source_folder, folder, preset, max_shard_bytes=max_shard_bytes, progress=progress)
-        return _packed_report(packed, folder, time.perf_counter() - started)
     check_apart(source_folder, folder)
-    plan = plan_conversion(source_folder, max_shard_bytes=max_shard_bytes)
+    plan = plan_conversion(source_folder, preset, max_shard_bytes=max_shard_bytes)
+    files = plan.pack.files
     with disk_errors(folder, again="run the same command again: it goes on"):
         was_finished = _is_finished(folder, plan)
         resumed_bytes = 0
@@ -123,35 +119,19 @@ def convert(
             journal = _begin(folder, plan)
             resumed_bytes = journal.num_bytes
             _write(folder, plan, journal, progress)
-        num_bytes = plan.files.num_bytes + (folder / CHECKSUM_FILE).stat().st_size
+        num_bytes = files.num_bytes + (folder / CHECKSUM_FILE).stat().st_size
     return ConvertReport(
         source=str(source_folder),
         destination=str(folder),
-        layout=plan.checkpoint.layout.name,
-        files=(*plan.files.names, CHECKSUM_FILE),
-        num_tensors=plan.files.num_tensors,
+        layout=plan.pack.checkpoint.layout.name,
+        files=(*files.names, CHECKSUM_FILE),
+        num_tensors=files.num_tensors,
         num_bytes=num_bytes,
-        dropped=plan.dropped,
+        dropped=plan.pack.dropped,
         warnings=plan.warnings,
         resumed_bytes=resumed_bytes,
         was_finished=was_finished,
         seconds=time.perf_counter() - started,
-    )
-
-
-def _packed_report(plan: PackPlan, folder: Path, seconds: float) -> ConvertReport:
-    return ConvertReport(
-        source=str(plan.checkpoint.folder),
-        destination=str(folder),
-        layout=plan.checkpoint.layout.name,
-        files=plan.files.names,
-        num_tensors=plan.files.num_tensors,
-        num_bytes=plan.files.num_bytes,
-        dropped=plan.dropped,
-        warnings=(),
-        resumed_bytes=0,
-        was_finished=False,
-        seconds=seconds,
     )
 
 
@@ -162,10 +142,12 @@ def _is_finished(folder: Path, plan: ConversionPlan) -> bool:
         return False
     if sums.read_text(encoding="utf-8", errors="replace").splitlines()[:1] != [_first_line(plan)]:
         raise InvalidRequestError(
-            f"{folder} holds another checkpoint, or this one in files of another size", hint="name a new folder"
+            f"{folder} holds another checkpoint, or this one with another preset or in files of another size",
+            hint="name a new folder",
         )
-    sizes = {shard.file_name: shard.num_bytes for shard in plan.files.shards}
-    sizes |= {name: len(content) for name, content in plan.files.small_files.items()}
+    files = plan.pack.files
+    sizes = {shard.file_name: shard.num_bytes for shard in files.shards}
+    sizes |= {name: len(content) for name, content in files.small_files.items()}
     for name, num_bytes in sizes.items():
         _check_size(folder / name, num_bytes)
     return True
@@ -174,20 +156,24 @@ def _is_finished(folder: Path, plan: ConversionPlan) -> bool:
 def _begin(folder: Path, plan: ConversionPlan) -> Journal:
     """Open the journal of an earlier run or start one, once the folder holds nothing else and the disk has room."""
     folder.mkdir(parents=True, exist_ok=True)
+    files = plan.pack.files
     journal = open_journal(folder, plan.digest)
     ours = {JOURNAL_FILE + PARTIAL_SUFFIX}
     if journal is not None:
-        shards = plan.files.shards
+        shards = files.shards
         whole = {shard.file_name for shard in shards if journal.mark(shard.file_name).num_bytes == shard.num_bytes}
-        ours |= {JOURNAL_FILE, CHECKSUM_FILE, *plan.files.small_files, *whole}
-        ours |= {name + PARTIAL_SUFFIX for name in (*plan.files.names, CHECKSUM_FILE)}
-    foreign = sorted(path.name for path in folder.iterdir() if path.name not in ours)
+        ours |= {JOURNAL_FILE, CHECKSUM_FILE, *files.small_files, *whole}
+        ours |= {name + PARTIAL_SUFFIX for name in (*files.names, CHECKSUM_FILE)}
+    sizes = {path.name: path.lstat().st_size for path in folder.iterdir()}
+    foreign = sorted(sizes.keys() - ours)
     if foreign:
         shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise InvalidRequestError(
             f"{folder} holds files that are not of this conversion: {shown}", hint="name a new or empty folder"
         )
-    check_room(folder, plan.files.num_bytes - (journal.num_bytes if journal is not None else 0))
+    # Bytes after a mark are there as well: what replaces them takes no more room.
+    there = sum(size for name, size in sizes.items() if not name.startswith(JOURNAL_FILE))
+    check_room(folder, files.num_bytes - there)
     if journal is None:
         journal = Journal(folder, plan.digest, {})
         journal.save()
@@ -195,16 +181,14 @@ def _begin(folder: Path, plan: ConversionPlan) -> Journal:
 
 
 def _write(folder: Path, plan: ConversionPlan, journal: Journal, progress: bool) -> None:
-    checkpoint = plan.checkpoint
-    reader = UnitReader(TensorReader(checkpoint.index, checkpoint.layout), plan.files.shards)
-    with byte_progress(f"Converting {checkpoint.folder.name}", plan.files.weight_bytes, show=progress) as advance:
-        advance(journal.num_bytes)
-        for shard in plan.files.shards:
-            _write_shard(folder / shard.file_name, shard, journal, reader, advance)
-    for name, content in plan.files.small_files.items():
+    files = plan.pack.files
+    missing_bytes = files.weight_bytes - journal.num_bytes
+    with byte_progress(f"Converting {plan.pack.checkpoint.folder.name}", missing_bytes, show=progress) as advance:
+        on_passing_thread(lambda advance: _write_shards(folder, plan, journal, advance), advance)
+    for name, content in files.small_files.items():
         write_file(folder / name, content)
-    sums = {name: hashlib.sha256(content).hexdigest() for name, content in plan.files.small_files.items()}
-    sums |= {shard.file_name: journal.mark(shard.file_name).sha256 for shard in plan.files.shards}
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.small_files.items()}
+    sums |= {shard.file_name: journal.mark(shard.file_name).sha256 for shard in files.shards}
     lines = [_first_line(plan), *(f"{sums[name]}  {name}" for name in sorted(sums))]
     write_file(folder / CHECKSUM_FILE, ("\n".join(lines) + "\n").encode())
     journal.remove()
@@ -212,12 +196,18 @@ def _write(folder: Path, plan: ConversionPlan, journal: Journal, progress: bool)
     sync_folder(folder)
 
 
-def _write_shard(path: Path, shard: Shard, journal: Journal, reader: UnitReader, advance: Advance) -> None:
+def _write_shards(folder: Path, plan: ConversionPlan, journal: Journal, advance: Advance) -> None:
+    reader = plan.pack.open_reader()
+    for shard in plan.pack.files.shards:
+        _write_shard(folder / shard.file_name, shard, journal, reader, advance)
+
+
+def _write_shard(path: Path, shard: Shard, journal: Journal, source: UnitSource, advance: Advance) -> None:
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     mark = journal.mark(path.name)
     if mark.num_bytes < shard.num_bytes:
         with AppendedFile(partial, mark) as file:
-            for _ in append_shard(file, shard, reader, advance):
+            for _ in append_shard(file, shard, source, advance):
                 if file.num_bytes - mark.num_bytes >= SYNC_BYTES:
                     mark = file.sync()
                     journal.set_mark(path.name, mark)

@@ -62,7 +62,8 @@ def open_journal(folder: Path, plan: str) -> Journal | None:
     content = read_json(path)
     if content.get("plan") != plan:
         raise InvalidRequestError(
-            f"{folder} holds an unfinished conversion of another checkpoint, or into files of another size",
+            f"{folder} holds an unfinished conversion of another checkpoint, or with another preset or into files of "
+            "another size",
             hint="go on with the source and the options it was begun with, or delete the folder",
         )
     return Journal(folder, plan, {name: _mark(path, entry) for name, entry in content.get("files", {}).items()})

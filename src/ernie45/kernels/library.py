@@ -13,7 +13,7 @@ from typing import Final
 
 from ernie45.errors import InvalidRequestError, UnsupportedError
 
-VERSION: Final = 2
+VERSION: Final = 3
 """Of the C interface: E45_VERSION in csrc/ernie45.h."""
 
 MOST_THREADS: Final = 256
@@ -21,7 +21,7 @@ MOST_THREADS: Final = 256
 
 FUNCTIONS: Final = (
     *("version", "isa", "isas", "use_isa", "set_threads", "workspace_bytes", "trim"),
-    *("make_panels", "make_int4_panels", "linear", "lookup"),
+    *("work_alone", "make_panels", "make_int4_panels", "linear", "lookup"),
     *("attention", "mlp", "route", "experts", "layers", "head"),
 )
 """Those of csrc/ernie45.h, without "e45_"."""
@@ -81,6 +81,13 @@ def set_threads(num_threads: int) -> None:
         raise InvalidRequestError(
             f"the native kernels do not run on {num_threads} threads", hint=f"use 1 to {MOST_THREADS}"
         )
+
+
+def work_alone() -> None:
+    """Have the calling thread put matrices into panels by itself, beside what the kernels compute for others."""
+    library = native_library()
+    if library is not None:
+        library.e45_work_alone()
 
 
 @functools.cache

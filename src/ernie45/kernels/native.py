@@ -100,6 +100,12 @@ class RouterStruct(ctypes.Structure):
     ]
 
 
+class RangeStruct(ctypes.Structure):
+    """`E45Range`."""
+
+    _fields_: ClassVar = [("first", _NUMBER), ("end", _NUMBER), ("num_experts", _NUMBER), ("sums", _ADDRESS)]
+
+
 class LayerStruct(ctypes.Structure):
     """`E45Layer`."""
 
@@ -121,7 +127,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "mlp": (_ADDRESS, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER),
     "route": (_ADDRESS, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER, _ADDRESS, _ADDRESS),
     "experts": (
-        _ADDRESS, _ADDRESS, _NUMBER, _ADDRESS, _ADDRESS, _ADDRESS, _NUMBER, _ADDRESS, _NUMBER, _NUMBER
+        _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _NUMBER, _ADDRESS, _NUMBER, _NUMBER
     ),
     "layers": (_ADDRESS, _ADDRESS, _NUMBER, _ADDRESS, _ADDRESS, _NUMBER),
     "head": (_ADDRESS, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER, _ADDRESS),
@@ -195,14 +201,23 @@ class Kernels:
         chosen: Tensor,
         shares: Tensor,
         x: Tensor,
+        numbers: range | None = None,
+        sums: Tensor | None = None,
     ) -> None:
         """x += the sum of shares · experts(norm(x)) + shared(norm(x)); `table` has the address of an `MlpStruct` for
-        each expert, of which only chosen ones are read."""
+        each expert, of which only chosen ones are read.
+
+        Where not all are in memory at once, calls for some `numbers` after the others, the shared MLP being -1, with
+        the same `sums` float32 [N, h], give the bits of one call. Each must have something to add; the last changes x.
+        """
+        numbers = numbers or range(-1, len(table))
+        sums_address = None if sums is None else sums.data_ptr()
+        part = RangeStruct(numbers.start, numbers.stop, len(table), sums_address)
         self._call(
             "experts",
             ctypes.addressof(norm),
             ctypes.addressof(table),
-            len(table),
+            ctypes.addressof(part),
             None if shared is None else ctypes.addressof(shared),
             chosen.data_ptr(),
             shares.data_ptr(),

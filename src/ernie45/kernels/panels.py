@@ -31,19 +31,22 @@ _LINE_BYTES = 64
 
 @final
 class PanelMemory:
-    """Memory for weights, mapped in large pieces for which the system is asked to use large pages.
+    """Memory for weights, mapped in large pieces for which the system is asked to use large pages; or no more than
+    `room` [bytes].
 
     All weights are read in every step, which takes a quarter longer with pages of 4 KiB
     (docs/decisions/0020-native-kernels.md). A piece is given back once no tensor lies in it.
     """
 
-    def __init__(self) -> None:
-        self._rest = torch.empty(0, dtype=torch.uint8)
+    def __init__(self, room: Tensor | None = None) -> None:
+        self._rest = torch.empty(0, dtype=torch.uint8) if room is None else room
+        self._can_grow = room is None
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor."""
         num_bytes = math.prod(shape) * dtype.itemsize
         if num_bytes > len(self._rest):
+            assert self._can_grow, f"{num_bytes} bytes of a matrix, and {len(self._rest)} left for them"
             self._rest = self._map(max(_PIECE_BYTES, -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES))
         taken = self._rest[:num_bytes]
         self._rest = self._rest[-(-num_bytes // _LINE_BYTES) * _LINE_BYTES :]

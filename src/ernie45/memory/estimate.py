@@ -58,13 +58,13 @@ class WeightSites:
         estimated = self.total()
         if estimated == Counter(exact):
             return self
-        embedding = {part: _share(part, num_bytes, estimated, exact) for part, num_bytes in self.embedding.items()}
+        embedding = {part: share(num_bytes, part, estimated, exact) for part, num_bytes in self.embedding.items()}
         scaled = WeightSites(
             embedding=embedding,
             layers=tuple(_scaled(site, estimated, exact) for site in self.layers),
             experts=tuple(_scaled(site, estimated, exact) for site in self.experts),
             active_experts=tuple(
-                _share("routed_experts", num_bytes, estimated, exact) for num_bytes in self.active_experts
+                share(num_bytes, "routed_experts", estimated, exact) for num_bytes in self.active_experts
             ),
             head=_scaled(self.head, estimated, exact),
             vision=_scaled(self.vision, estimated, exact),
@@ -239,8 +239,9 @@ class _Counting:
 
 
 def _scaled(site: PartBytes, estimated: PartBytes, exact: PartBytes) -> PartBytes:
-    return {part: _share(part, num_bytes, estimated, exact) for part, num_bytes in site.items()}
+    return {part: share(num_bytes, part, estimated, exact) for part, num_bytes in site.items()}
 
 
-def _share(part: WeightPart, num_bytes: int, estimated: PartBytes, exact: PartBytes) -> int:
+def share(num_bytes: int, part: WeightPart, estimated: PartBytes, exact: PartBytes) -> int:
+    """What so many bytes of a part are, where all of it was `estimated` and has `exact` bytes."""
     return num_bytes * exact.get(part, 0) // estimated[part] if estimated.get(part) else 0

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from ernie45.memory.card import card
 from ernie45.memory.table import explain, headline, plain_values, verdict
 from ernie45.types.placement import Placement
+from ernie45.types.streaming import ExpertSlots
 
 Verdict = Literal["fits", "streams", "does not fit"]
 
@@ -61,14 +62,21 @@ class MemoryPlan:
         placement: which device has which part.
         disk_bytes: what the weights take on disk in this preset's format; `free_disk_bytes` what there is for them,
             None where no limit was named.
-        verdict: "fits"; "streams" when all but the routed experts fits and the experts could be read from disk as they
-            are needed (the bytes are those of all experts even so); or "does not fit".
+        verdict: "fits"; "streams" when all but the routed experts fits and these are read from disk as they are needed
+            (the bytes are then those of the experts that are held); or "does not fit".
         bottleneck: in words, what limits the verdict, or the speed where it fits.
         remedies: the smallest changes that would make it fit, each one sentence; empty where it fits.
-        longest_context_tokens: the longest context that fits at `max_batch`; 0 when none does.
-        largest_batch: the largest batch that fits at `context_tokens`; 0 when none does.
-        tokens_per_second: decoding speed of one request, estimated from the memory bandwidth measured here; None where
-            nothing was measured.
+        longest_context_tokens: the longest context that fits, or streams where the plan does, at `max_batch`; 0 when
+            none does.
+        largest_batch: the largest batch that does at `context_tokens`; 0 when none does.
+        tokens_per_second: decoding speed of one request, estimated from `memory_read_rate` and `disk_read_rate`; None
+            where nothing was measured.
+        memory_read_rate: bytes a second, measured here; None where it was not.
+        num_experts: of a plan that streams, how many routed experts there are over all layers, None otherwise, as the
+            following are; and `expert_slots` how many of them are held in memory.
+        expert_read_bytes: what one token reads from disk, if all experts are chosen equally often.
+        disk_read_rate: bytes a second from the checkpoint's files, measured; nominal where there are none; None where
+            no speed was estimated.
         notes: what else a reader should know, such as that a release is refused when it is loaded.
     """
 
@@ -88,6 +96,11 @@ class MemoryPlan:
     longest_context_tokens: int
     largest_batch: int
     tokens_per_second: float | None
+    memory_read_rate: float | None = None
+    num_experts: ExpertSlots | None = None
+    expert_slots: ExpertSlots | None = None
+    expert_read_bytes: int | None = None
+    disk_read_rate: float | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -119,6 +132,14 @@ class MemoryPlan:
     def peak_bytes(self) -> int:
         """The most in use at any time, over all devices."""
         return sum(device.peak_bytes for device in self.devices)
+
+    @property
+    def expert_hit_rate(self) -> float | None:
+        """The share of a text token's routed experts that are in memory, if all are chosen equally often; None where
+        nothing streams."""
+        if self.expert_slots is None or self.num_experts is None:
+            return None
+        return self.expert_slots.text / self.num_experts.text
 
     @property
     def placements(self) -> tuple[DevicePlan, ...]:

@@ -16,8 +16,10 @@ from ernie45.memory.placement import NOMINAL_RATES, DeviceMemory, Running, place
 from ernie45.memory.plan import PART_NAMES, DevicePlan, MemoryPlan, Verdict
 from ernie45.memory.remedies import find_remedies
 from ernie45.memory.sizing import PlanRequest, Sizing, presets_by_quality
+from ernie45.memory.streaming import token_read_bytes
 from ernie45.presets import QuantPreset
 from ernie45.types.placement import Placement
+from ernie45.types.streaming import ExpertSlots
 
 
 def make_plan(request: PlanRequest) -> MemoryPlan:
@@ -33,12 +35,24 @@ def make_plan(request: PlanRequest) -> MemoryPlan:
     return _plan(Sizing(request, request.preset or choose_preset(request)))
 
 
-def with_speed(plan: MemoryPlan, measure_rate: Callable[[], float]) -> MemoryPlan:
-    """The plan with the speed that a CPU's memory allows, in bytes a second; as it was where it does not fit or another
-    device works."""
-    if plan.verdict != "fits" or any(not device.device.startswith("cpu") for device in plan.devices):
+def with_speed(
+    plan: MemoryPlan, measure_rate: Callable[[], float], measure_disk_rate: Callable[[], float]
+) -> MemoryPlan:
+    """The plan with the speed that a CPU's memory allows, and the disk where experts stream, both in bytes a second; as
+    it was where it does not fit or another device works.
+
+    A token takes memory bytes / memory rate + disk bytes / disk rate. The one waits for the other: which experts are to
+    be read is known only when a layer gets there.
+    """
+    if plan.verdict == "does not fit" or any(not device.device.startswith("cpu") for device in plan.devices):
         return plan
-    return replace(plan, tokens_per_second=measure_rate() / sum(device.token_bytes for device in plan.devices))
+    memory_rate = measure_rate()
+    disk_rate = None
+    seconds = sum(device.token_bytes for device in plan.devices) / memory_rate
+    if plan.expert_read_bytes is not None:
+        disk_rate = measure_disk_rate()
+        seconds += plan.expert_read_bytes / disk_rate
+    return replace(plan, tokens_per_second=1 / seconds, memory_read_rate=memory_rate, disk_read_rate=disk_rate)
 
 
 def choose_preset(request: PlanRequest) -> QuantPreset:
@@ -60,10 +74,16 @@ def _plan(sizing: Sizing) -> MemoryPlan:
         verdict = "does not fit"
         least = min(MIN_CONTEXT_TOKENS, spec.max_context_tokens)
         budget = Budget(context_tokens=request.context_tokens or least, max_batch=request.max_batch or 1)
-    running = sizing.running(budget)
-    usable = sizing.cpus if verdict == "streams" else request.devices
-    placement = place(sizing.sites, usable, running)
-    devices = _device_plans(placement, sizing.sites, usable, running)
+    running, sites, usable, slots = sizing.running(budget), sizing.sites, request.devices, None
+    if verdict == "streams":
+        slots = sizing.expert_slots(budget)
+        assert slots is not None
+        assert sizing.streaming_device is not None
+        running, sites = sizing.running_beside_readers(budget), sizing.sites_with(slots)
+        usable = (sizing.streaming_device,)
+    placement = place(sites, usable, running)
+    devices = _device_plans(placement, sites, usable, running)
+    attainable: Verdict = "streams" if verdict == "streams" else "fits"
     plan = MemoryPlan(
         model=request.model,
         preset=sizing.preset.name,
@@ -78,12 +98,34 @@ def _plan(sizing: Sizing) -> MemoryPlan:
         verdict=verdict,
         bottleneck=_bottleneck(verdict, devices),
         remedies=(),
-        longest_context_tokens=sizing.most_tokens("fits", budget.max_batch, spec.max_context_tokens),
-        largest_batch=sizing.most_rows("fits", budget.context_tokens),
+        longest_context_tokens=sizing.most_tokens(attainable, budget.max_batch, spec.max_context_tokens),
+        largest_batch=sizing.most_rows(attainable, budget.context_tokens),
         tokens_per_second=None,
         notes=request.notes,
     )
+    if slots is not None:
+        plan = _streamed(plan, sizing, slots)
     return replace(plan, remedies=find_remedies(sizing, plan))
+
+
+def _streamed(plan: MemoryPlan, sizing: Sizing, slots: ExpertSlots) -> MemoryPlan:
+    """With what there is to say about experts that are read from disk."""
+    text, *pictures = sizing.banks
+    read_bytes = token_read_bytes(text, slots.text)
+    notes = plan.notes
+    if text.stored_bytes > text.held_bytes:
+        notes += (
+            f"The files have {text.stored_bytes / text.held_bytes:.1f} times the bytes that an expert takes in memory, "
+            "and it is quantised whenever it is read. A packed folder, which `ernie45 convert` writes, spares both.",
+        )
+    return replace(
+        plan,
+        num_experts=ExpertSlots(text=text.num_experts, vision=sum(bank.num_experts for bank in pictures)),
+        expert_slots=slots,
+        expert_read_bytes=read_bytes,
+        bottleneck=f"speed: {in_words(read_bytes)} of experts are read from disk for each token",
+        notes=notes,
+    )
 
 
 def _device_plans(

@@ -61,8 +61,6 @@ def refusal(plan: MemoryPlan, limits: Limits, host: HostMemory) -> OutOfMemoryEr
     if fullest.device.startswith("cpu") and fullest.capacity_bytes != named:
         by_cgroup = host.limited_by == "cgroup" if named is None else host.most_bytes < host.total_bytes
         message += " within the limit of this process's memory cgroup" if by_cgroup else " in this machine"
-    if plan.verdict == "streams":
-        message += "; its routed experts could be read from disk as they are needed, which this version does not do yet"
     return OutOfMemoryError(message, hint=" ".join(plan.remedies[:_NAMED_REMEDIES]))
 
 
@@ -125,12 +123,13 @@ def _more_memory(sizing: Sizing, beside: str = "") -> str:
 
 
 def _streaming(candidates: list[Sizing]) -> Iterator[str]:
-    """With how much disk the experts could be read as they are needed."""
+    """With which preset, and how much disk, experts are read as they are needed."""
     for index, other in enumerate(candidates):
-        if Sizing(replace(other.request, free_disk_bytes=None), other.preset).choose("streams"):
-            beside = f"quantization={other.preset.name!r} and " if index else ""
-            yield (
-                f"With {beside}{math.ceil(other.disk_bytes / 1e9)} GB of disk its routed experts could be read from "
-                "there as they are needed, which this version does not do yet."
-            )
-            return
+        if not Sizing(replace(other.request, free_disk_bytes=None), other.preset).choose("streams"):
+            continue
+        free = other.request.free_disk_bytes
+        needed = [f"quantization={other.preset.name!r}"] if index else []
+        if free is not None and free < other.disk_bytes:
+            needed.append(f"{math.ceil(other.disk_bytes / 1e9)} GB of disk")
+        yield f"With {' and '.join(needed)} its routed experts are read from disk as they are needed."
+        return

@@ -16,24 +16,26 @@ from ernie45.memory.budget import (
     kv_bytes_per_token,
     slot_tokens,
 )
-from ernie45.memory.estimate import PartBytes, WeightSites, estimate_sites
+from ernie45.memory.estimate import PartBytes, WeightSites, estimate_sites, share
 from ernie45.memory.placement import DeviceMemory, Running, excess_bytes, place, token_seconds
 from ernie45.memory.plan import Verdict
+from ernie45.memory.streaming import StreamedBank, share_out, streamed_banks, usable_bytes
 from ernie45.memory.workspace import (
     RUNTIME_BYTES,
     angle_bytes,
     loading_bytes,
     mtp_bytes,
+    reading_bytes,
     runs_natively,
     workspace_bytes,
 )
 from ernie45.presets import PRESETS, QuantPreset
 from ernie45.spec import DtypeName, ModelSpec
+from ernie45.types.streaming import ExpertSlots
 
 # "auto" takes the first that fits.
 _BY_QUALITY = {"cpu": ("none", "int8", "int4"), "cuda": ("none", "bnb-int8", "nf4"), "mps": ("none", "int8", "int4")}
 _SLOWED_BY_BATCH = 1.1  # at most, one request beside no others
-_STREAMED_LAYERS = 2  # whose experts are held at once: of one layer while those of the next are read
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +64,7 @@ class PlanRequest:
         draft: what guesses tokens, None where nothing does.
         is_stored_quantised: whether `preset` is how the files are stored, so that no other can be had of them.
         native: whether there are native kernels for the devices and for how the files are stored.
+        can_stream: whether the model's backend can read experts while it runs.
         notes: for the plan.
     """
 
@@ -81,6 +84,7 @@ class PlanRequest:
     draft: DraftNeeds | None = None
     is_stored_quantised: bool = False
     native: bool = False
+    can_stream: bool = True
     notes: tuple[str, ...] = ()
 
 
@@ -104,12 +108,14 @@ class Sizing:
         )
         self.sites = sites if request.weights is None else sites.scaled_to(request.weights)
         self.disk_bytes = self.sites.total().total() + on_disk.total().total() - sites.total().total()
+        self.native = request.native and runs_natively(self.spec, preset, request.dtype)
+        self.banks = _banks(request, preset, sites, native=self.native)
         self._mtp, self._draft = mtp, _draft_sizing(request)
         if self._draft is not None:
             self.sites = _with_draft(self.sites, self._draft.weight_bytes)
         self.weight_bytes: int = self.sites.total().total()
-        self.native = request.native and runs_natively(self.spec, preset, request.dtype)
-        self.cpus = tuple(device for device in request.devices if device.kind == "cpu")
+        # Experts that stream need all else on one device, which a CPU is.
+        self.streaming_device = next((device for device in request.devices if device.kind == "cpu"), None)
 
     def running(self, budget: Budget) -> Running:
         alone = self._alone(budget)
@@ -161,15 +167,57 @@ class Sizing:
             runtime_bytes=RUNTIME_BYTES,
         )
 
+    def running_beside_readers(self, budget: Budget) -> Running:
+        """The same where experts stream."""
+        running = self.running(budget)
+        reading = reading_bytes(
+            self.spec,
+            self.preset,
+            bytes_per_value=self.bytes_per_value,
+            stored_bytes=max(bank.stored_bytes for bank in self.banks),
+            is_stored_quantised=self.request.is_stored_quantised,
+            native=self.native,
+        )
+        return replace(running, workspace_bytes=running.workspace_bytes + reading)
+
+    def expert_slots(self, budget: Budget) -> ExpertSlots | None:
+        """How many routed experts are held beside all else on the device that they stream to; None where not even the
+        fewest that a layer works with fit, or there are none, or the disk is too small."""
+        free, device = self.request.free_disk_bytes, self.streaming_device
+        if device is None or not self.banks or not self.request.can_stream:
+            return None
+        if free is not None and free < self.disk_bytes:
+            return None
+        running = self.running_beside_readers(budget)
+        expert_bytes = sum(sum(site.values()) for site in self.sites.experts)
+        kv_bytes = running.kv_layer_bytes * self.spec.num_layers + running.draft_kv_bytes
+        used_bytes = max(kv_bytes + running.workspace_bytes, running.loading_bytes) + running.runtime_bytes
+        free_bytes = usable_bytes(device.capacity_bytes) - used_bytes - (self.weight_bytes - expert_bytes)
+        counts = share_out(self.banks, free_bytes)
+        return None if counts is None else ExpertSlots(text=counts[0], vision=sum(counts[1:]))
+
+    def sites_with(self, slots: ExpertSlots) -> WeightSites:
+        """The weights with so many routed experts, which the layers share."""
+        counts = (slots.text, slots.vision)
+        held: PartBytes = {
+            "routed_experts": sum(count * bank.code_bytes for count, bank in zip(counts, self.banks, strict=False)),
+            "scales": sum(count * bank.scale_bytes for count, bank in zip(counts, self.banks, strict=False)),
+        }
+        layers = [layer for layer, site in enumerate(self.sites.experts) if site]
+        experts: list[PartBytes] = [{} for _ in self.sites.experts]
+        for index, layer in enumerate(layers):
+            experts[layer] = {
+                part: num_bytes * (index + 1) // len(layers) - num_bytes * index // len(layers)
+                for part, num_bytes in held.items()
+            }
+        return replace(self.sites, experts=tuple(experts))
+
     def holds(self, verdict: Verdict, budget: Budget) -> bool:
         """Whether it "fits", or "streams"."""
+        if verdict == "streams":
+            return self.expert_slots(budget) is not None
         running = self.running(budget)
         devices, sites = self.request.devices, self.sites
-        if verdict == "streams":
-            free = self.request.free_disk_bytes
-            if not self.cpus or not any(sites.active_experts) or (free is not None and free < self.disk_bytes):
-                return False
-            devices, sites = self.cpus, _without_most_experts(sites)
         return excess_bytes(place(sites, devices, running), sites, devices, running) == 0
 
     def choose(self, verdict: Verdict) -> Budget | None:
@@ -229,12 +277,29 @@ def _with_draft(sites: WeightSites, weight_bytes: int) -> WeightSites:
     return replace(sites, embedding={**sites.embedding, "draft": beside})
 
 
-def _without_most_experts(sites: WeightSites) -> WeightSites:
-    """With as many experts as one token needs in two layers."""
-    cache: PartBytes = {"routed_experts": _STREAMED_LAYERS * max(sites.active_experts)}
-    nothing: PartBytes = {}
-    num_layers = len(sites.layers)
-    return replace(sites, experts=(cache, *(nothing,) * (num_layers - 1)), active_experts=(0,) * num_layers)
+def _banks(
+    request: PlanRequest, preset: QuantPreset, estimated: WeightSites, *, native: bool
+) -> tuple[StreamedBank, ...]:
+    """Of experts that stream. In panels they have a shape of their own; elsewhere what a build has found counts."""
+    stored = None if request.is_stored_quantised else DTYPE_BYTES[request.stored_dtype or request.dtype]
+    banks = streamed_banks(
+        request.spec,
+        preset,
+        bytes_per_value=DTYPE_BYTES[request.dtype],
+        bytes_per_stored_value=stored,
+        native=native,
+    )
+    if request.weights is None or native:
+        return banks
+    parts, exact = estimated.total(), request.weights
+    return tuple(
+        replace(
+            bank,
+            code_bytes=share(bank.code_bytes, "routed_experts", parts, exact),
+            scale_bytes=share(bank.scale_bytes, "scales", parts, exact),
+        )
+        for bank in banks
+    )
 
 
 def _largest(holds: Callable[[int], bool], least: int, most: int) -> int:

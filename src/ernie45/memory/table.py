@@ -11,6 +11,7 @@ from ernie45.memory.budget import in_words
 
 if TYPE_CHECKING:
     from ernie45.memory.plan import DevicePlan, MemoryPlan
+    from ernie45.types.streaming import ExpertSlots
 
 LABELS: Mapping[str, str] = MappingProxyType(
     {
@@ -71,8 +72,8 @@ def describe_options(plan: MemoryPlan) -> str:
 def verdict(plan: MemoryPlan) -> str:
     """ "fits, 23.79 GiB of 24.00 GiB" or "does not fit, 25.10 GiB needed, 1.10 GiB too much"."""
     needed = in_words(plan.peak_bytes)
-    if plan.verdict == "fits":
-        return f"fits, {needed} of {in_words(sum(device.capacity_bytes for device in plan.devices))}"
+    if plan.verdict != "does not fit":
+        return f"{plan.verdict}, {needed} of {in_words(sum(device.capacity_bytes for device in plan.devices))}"
     excess = sum(max(device.peak_bytes - device.capacity_bytes, 0) for device in plan.devices)
     return f"{plan.verdict}, {needed} needed, {in_words(excess)} too much"
 
@@ -98,32 +99,25 @@ def layer_ranges(layers: Sequence[int]) -> str:
 
 def facts(plan: MemoryPlan) -> Iterator[tuple[str, str]]:
     """What there is to say beside parts, remedies and notes: a label and a sentence each."""
-    if plan.verdict == "streams":
+    if plan.expert_read_bytes is not None:
         yield (
-            "Streaming",
-            "All but the routed experts fits, and they could be read from disk as they are needed. This version does "
-            "not do that yet: loading is refused.",
+            "Experts",
+            f"{_held_experts(plan)}; the others are read from disk as they are needed: "
+            f"{in_words(plan.expert_read_bytes)} for each token, if all are chosen equally often",
         )
     if plan.longest_context_tokens or plan.largest_batch:
         yield "Limits", f"{_longest_context(plan)}; {_largest_batch(plan)}"
-    rate = bytes_per_second(plan)
-    if plan.tokens_per_second is not None and rate is not None:
+    if plan.tokens_per_second is not None and plan.memory_read_rate is not None:
+        disk = "" if plan.disk_read_rate is None else f" and a disk that reads {_rate(plan.disk_read_rate)}"
         yield (
             "Speed",
             f"about {_speed(plan.tokens_per_second)} tokens/s for one request, estimated from a memory bandwidth of "
-            f"{rate / 1e9:.1f} GB/s",
+            f"{_rate(plan.memory_read_rate)}{disk}",
         )
     yield "Bottleneck", plan.bottleneck
     if plan.free_disk_bytes is not None or plan.verdict == "streams":
         free = "" if plan.free_disk_bytes is None else f"; {plan.free_disk_bytes / 1e9:.1f} GB may be used"
         yield "Disk", f"{plan.disk_bytes / 1e9:.1f} GB for the weights in this form{free}"
-
-
-def bytes_per_second(plan: MemoryPlan) -> float | None:
-    """The memory bandwidth that the speed was estimated from; None where nothing was measured."""
-    if plan.tokens_per_second is None:
-        return None
-    return plan.tokens_per_second * sum(device.token_bytes for device in plan.devices)
 
 
 def running_bytes(device: DevicePlan) -> int:
@@ -166,11 +160,20 @@ def plain_values(plan: MemoryPlan) -> dict[str, Any]:
         "longest_context_tokens": plan.longest_context_tokens,
         "largest_batch": plan.largest_batch,
         "tokens_per_second": plan.tokens_per_second,
-        "memory_bytes_per_second": bytes_per_second(plan),
+        "memory_bytes_per_second": plan.memory_read_rate,
+        "num_experts": _counts(plan.num_experts),
+        "expert_slots": _counts(plan.expert_slots),
+        "expert_hit_rate": plan.expert_hit_rate,
+        "expert_read_bytes": plan.expert_read_bytes,
+        "disk_bytes_per_second": plan.disk_read_rate,
         "bottleneck": plan.bottleneck,
         "remedies": list(plan.remedies),
         "notes": list(plan.notes),
     }
+
+
+def _counts(experts: ExpertSlots | None) -> dict[str, int] | None:
+    return None if experts is None else {"text": experts.text, "vision": experts.vision}
 
 
 def _device_values(device: DevicePlan) -> dict[str, Any]:
@@ -215,6 +218,17 @@ def _labelled(label: str, text: str, mark: str = "") -> list[str]:
     )
 
 
+def _held_experts(plan: MemoryPlan) -> str:
+    """ "673 of 1,728 in memory, 39 %", those for pictures apart."""
+    held, there = plan.expert_slots, plan.num_experts
+    assert held is not None
+    assert there is not None
+    text = f"{held.text:,} of {there.text:,}"
+    if there.vision:
+        text += f" for text and {held.vision:,} of {there.vision:,} for pictures"
+    return f"{text} in memory, {(held.text + held.vision) / (there.text + there.vision):.0%}".replace("%", " %")
+
+
 def _longest_context(plan: MemoryPlan) -> str:
     rows = _requests(plan.max_batch)
     if not plan.longest_context_tokens:
@@ -230,6 +244,10 @@ def _largest_batch(plan: MemoryPlan) -> str:
 
 def _requests(count: int) -> str:
     return "1 request" if count == 1 else f"{count:,} requests"
+
+
+def _rate(bytes_per_second: float) -> str:
+    return f"{bytes_per_second / 1e9:.1f} GB/s"
 
 
 def _speed(tokens_per_second: float) -> str:

@@ -23,6 +23,9 @@ SCORED_ROWS = 8
 MAX_STEP_GUESSES = 16
 """Most guessed tokens that a step checks beside the one of each running row, over all rows."""
 
+NUM_EXPERT_READERS = 3
+"""Threads that read experts from disk; each has a buffer of its own."""
+
 RUNTIME_BYTES = 30 * 2**20
 """What the first load and step bring in beyond the state after imports: libraries' code, the tokenizer, heaps."""
 
@@ -128,6 +131,31 @@ def loading_bytes(spec: ModelSpec, preset: QuantPreset, *, bytes_per_value: int,
     # The kernels copy int4 codes to their place, between the scales.
     codes = widest * hidden // 2 if native and "int4" in (preset.linear, preset.experts) else 0
     return widest * hidden * bytes_per_value + codes + _READ_BYTES + rounding
+
+
+def reading_bytes(
+    spec: ModelSpec,
+    preset: QuantPreset,
+    *,
+    bytes_per_value: int,
+    stored_bytes: int,
+    is_stored_quantised: bool,
+    native: bool = False,
+) -> int:
+    """Most bytes that reading experts from disk needs while running, of which one has `stored_bytes` in the files.
+
+    Each reader has these in a buffer. What is not put straight into its place needs another for the widest matrix, and
+    what is rounded on the way the same as in `loading_bytes`.
+    """
+    assert spec.experts is not None
+    width = max(spec.experts.intermediate_size, 0 if spec.vision is None else spec.vision.experts.intermediate_size)
+    widest = 2 * width * spec.hidden_size
+    staged = 0
+    if not is_stored_quantised and (preset.experts is not None or not native):
+        staged += widest * bytes_per_value
+    if not is_stored_quantised and preset.experts is not None:
+        staged += _ROUNDING_BYTES + (widest // 2 if native and preset.experts == "int4" else 0)
+    return NUM_EXPERT_READERS * (stored_bytes + staged)
 
 
 def _rounding_bytes(preset: QuantPreset) -> int:

@@ -1,0 +1,129 @@
+"""Routed experts that are read from the checkpoint as they are chosen."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
+from functools import cached_property
+from typing import Protocol, final
+
+import torch
+
+from ernie45.backends.base import Streaming
+from ernie45.backends.decoder import DenseMLP
+from ernie45.checkpoint.expert_reads import ExpertReader
+from ernie45.checkpoint.read import TensorSource
+from ernie45.errors import CheckpointError
+from ernie45.experts.cache import ExpertCache
+from ernie45.kernels.library import work_alone
+from ernie45.kernels.panels import PanelMemory
+from ernie45.memory.workspace import NUM_EXPERT_READERS
+from ernie45.spec import ExpertSpec
+
+
+class ExpertBuilder(Protocol):
+    """`ernie45.backends.weights.WeightBuilder`."""
+
+    def expert(self, prefix: str, experts: ExpertSpec, memory: PanelMemory) -> DenseMLP:
+        """The expert of this -PT name prefix, in this memory where the native kernels serve."""
+        ...
+
+
+OpenBuilder = Callable[[TensorSource], ExpertBuilder]
+
+
+@final
+class ExpertStore:
+    """The experts of one bank in all layers, numbered from `first` on in the names of their tensors."""
+
+    def __init__(
+        self,
+        streaming: Streaming,
+        open_builder: OpenBuilder,
+        experts: ExpertSpec,
+        *,
+        num_layers: int,
+        first: int,
+    ) -> None:
+        num_slots = streaming.slots.vision if first else streaming.slots.text
+        bank = streaming.banks[first > 0]
+        self._num_experts = experts.num_experts
+        self.cache = ExpertCache(
+            num_keys=num_layers * experts.num_experts,
+            num_slots=num_slots,
+            num_readers=NUM_EXPERT_READERS,
+            expert_bytes=bank.stored_bytes,
+            fill=_Filling(streaming, open_builder, experts, first, (num_slots, bank.held_bytes)),
+        )
+
+    def layer(self, index: int) -> StreamedExperts:
+        """The table of one layer."""
+        return StreamedExperts(self.cache, index * self._num_experts)
+
+
+@final
+class _Filling:
+    """Fills slots with experts, on several threads."""
+
+    def __init__(
+        self,
+        streaming: Streaming,
+        open_builder: OpenBuilder,
+        experts: ExpertSpec,
+        first: int,
+        slots: tuple[int, int],
+    ) -> None:
+        """`slots` are how many there are, and the bytes of each."""
+        self._streaming, self._open_builder = streaming, open_builder
+        self._experts, self._first, self._slots = experts, first, slots
+        self._threads = threading.local()
+
+    @cached_property
+    def _memory(self) -> torch.Tensor:
+        """[slots, bytes], which take memory as they are filled."""
+        return PanelMemory().take(self._slots, torch.uint8)
+
+    def __call__(self, key: int, slot: int) -> DenseMLP:
+        layer, number = divmod(key, self._experts.num_experts)
+        number += self._first
+        prefix = f"model.layers.{layer}.mlp.experts.{number}."
+        try:
+            reader, builder = self._thread()
+            reader.stage(prefix)
+            return builder.expert(prefix, self._experts, PanelMemory(self._memory[slot]))
+        except CheckpointError as error:
+            raise type(error)(
+                f"expert {number} of layer {layer} could not be read: {error.message}", hint=error.hint
+            ) from error
+
+    def _thread(self) -> tuple[ExpertReader, ExpertBuilder]:
+        """What this thread reads and builds with."""
+        if not hasattr(self._threads, "pair"):
+            work_alone()
+            reader = self._streaming.open_reader()
+            self._threads.pair = reader, self._open_builder(reader.source)
+        pair: tuple[ExpertReader, ExpertBuilder] = self._threads.pair
+        return pair
+
+
+@final
+class StreamedExperts:
+    """An `ExpertTable` whose experts are in memory only as long as there is room, or as they are used."""
+
+    __slots__ = ("_cache", "_first")
+
+    def __init__(self, cache: ExpertCache[DenseMLP], first: int) -> None:
+        self._cache, self._first = cache, first
+
+    def groups(
+        self, numbers: Sequence[int], meanwhile: Callable[[], None] | None = None
+    ) -> Generator[Sequence[tuple[int, DenseMLP]], None, None]:
+        """As they arrive; `meanwhile` is called before any is waited for."""
+        with closing(self._cache.lease([self._first + number for number in numbers], meanwhile)) as groups:
+            for group in groups:
+                yield [(key - self._first, expert) for key, expert in group]
+
+    def read_ahead(self, numbers: Iterable[int], most: int) -> None:
+        """Have up to `most` of these read that are not in memory, the likeliest first."""
+        self._cache.read_ahead((self._first + number for number in numbers), most)

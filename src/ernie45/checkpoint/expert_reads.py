@@ -1,0 +1,36 @@
+"""Reading the routed experts of a checkpoint one at a time, while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import final
+
+from ernie45.checkpoint.adapter import Adapter
+from ernie45.checkpoint.headers import TensorInfo
+from ernie45.checkpoint.open import Checkpoint, expert_tensors, open_source
+from ernie45.checkpoint.staged_reads import StagedReader
+
+
+@final
+class ExpertReader:
+    """Reads all tensors of one expert at once, for one thread. `source` then has them as a build asks for them, until
+    the next are staged."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, adapter: Adapter | None, tensors: Mapping[str, tuple[TensorInfo, ...]]
+    ) -> None:
+        self._staged, self._tensors = StagedReader(), tensors
+        self.source = open_source(checkpoint, adapter, reader=self._staged)
+
+    def stage(self, prefix: str) -> None:
+        """Read the expert whose -PT names begin so: "model.layers.3.mlp.experts.17.".
+
+        Raises CheckpointError, or CorruptFileError, where a file is gone, cannot be read or is cut short.
+        """
+        self._staged.stage(self._tensors[prefix])
+
+
+def expert_readers(checkpoint: Checkpoint, adapter: Adapter | None) -> Callable[[], ExpertReader]:
+    """What opens a reader, for each thread that asks for one."""
+    tensors = expert_tensors(checkpoint)
+    return lambda: ExpertReader(checkpoint, adapter, tensors)

@@ -113,7 +113,9 @@ def _status_bytes(key: str) -> int:
 
 
 def _cells(options: argparse.Namespace) -> Iterator[Cell]:
-    for model, grid in ((options.text, TEXT_GRID), (options.experts, EXPERTS_GRID), (options.vision, PICTURE_GRID)):
+    others = [(context, 1) for context in options.contexts or () if context not in dict(TEXT_GRID)]
+    text_grid = [*TEXT_GRID, *others]
+    for model, grid in ((options.text, text_grid), (options.experts, EXPERTS_GRID), (options.vision, PICTURE_GRID)):
         for preset in options.presets:
             for context, batch in grid:
                 wanted = context in (options.contexts or [context]) and batch in (options.batches or [batch])
@@ -133,7 +135,7 @@ def main() -> None:
     parser.add_argument("--experts", metavar="FOLDER", help="a model with experts, such as four layers of 21B-A3B")
     parser.add_argument("--vision", metavar="MODEL", help="a model that sees, such as ernie45/tiny-vl")
     parser.add_argument("--presets", nargs="+", default=PRESETS, choices=PRESETS)
-    parser.add_argument("--contexts", nargs="+", type=int, help="only these")
+    parser.add_argument("--contexts", nargs="+", type=int, help="only these; one request each where not of the grid")
     parser.add_argument("--batches", nargs="+", type=int, help="only these")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     parser.add_argument("--cell", help=argparse.SUPPRESS)

@@ -381,8 +381,8 @@ def test_what_cannot_fit_is_not_fetched(monkeypatch: pytest.MonkeyPatch, tmp_pat
     host = HostMemory(total_bytes=10**12, available_bytes=10**12, limited_by="machine", limit_bytes=None)
     monkeypatch.setattr(loading, "host_bytes", lambda: host)
     for config, refused, fits in (
-        (entry.config, "24GiB", "300GiB"),
-        ({**entry.config, "quantization_config": gptq}, "130GiB", "150GiB"),
+        (entry.config, "6GiB", "300GiB"),
+        ({**entry.config, "quantization_config": gptq}, "6GiB", "150GiB"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(OutOfMemoryError, match=r"this needs .* GiB on cpu as"):

@@ -24,7 +24,9 @@ _BATCH_TOKENS = 512
 class LlamaCppSide:
     """Evaluates tokens without sampling: after the prompt come random ones, so that routing does not repeat itself."""
 
-    def __init__(self, file: str, *, flash_attention: bool) -> None:
+    def __init__(self, file: str, *, flash_attention: bool, mapped: bool) -> None:
+        if mapped:
+            _keep_weights_as_stored()
         num_threads = os.cpu_count()
         self._model: Any = llama_cpp.Llama(
             file,
@@ -34,7 +36,7 @@ class LlamaCppSide:
             n_batch=_BATCH_TOKENS,
             n_ubatch=_BATCH_TOKENS,
             flash_attn=flash_attention,
-            use_mmap=False,  # the system may take back mapped pages while others have their turns
+            use_mmap=mapped,  # else not: the system may take back mapped pages while others have their turns
             verbose=False,
         )
 
@@ -106,12 +108,25 @@ class _Row:
         self._num_cached = end
 
 
+def _keep_weights_as_stored() -> None:
+    """Have none repacked when they are loaded, for which llama-cpp-python has no option: that needs memory for all."""
+    defaults = llama_cpp.llama_cpp.llama_model_default_params
+
+    def params() -> Any:
+        values = defaults()
+        values.use_extra_bufts = False
+        return values
+
+    llama_cpp.llama_cpp.llama_model_default_params = params
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", help="a GGUF file")
     parser.add_argument("--flash-attention", action="store_true")
+    parser.add_argument("--mapped", action="store_true", help="map the file, for a model larger than memory")
     options = parser.parse_args()
-    serve(lambda: LlamaCppSide(options.file, flash_attention=options.flash_attention))
+    serve(lambda: LlamaCppSide(options.file, flash_attention=options.flash_attention, mapped=options.mapped))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,18 @@ EXPECTED = {
         "Reverse the word STONE. ENOTS\n",
         "gave up on the long one\n",
     ],
+    "larger_than_memory.py": [
+        "\n   6GiB: streams, 752 of 1,728 experts in memory, 2.2 GB read for a token\n",
+        "\n  12GiB: fits\n",
+        "\n   8GiB: does not fit\n",
+        "\n  24GiB: streams, 336 of 3,264 experts in memory, ",
+        " tokens through 3 layers of 8 experts\n  with 6 in memory, ",
+    ],
+    "expert_traffic.py": [
+        " text tokens: 2 of 8 experts in 3 layers>\nlayer 1: [",
+        "\nwith 4 of 24 experts in memory, ",
+        "\nsaved; the same picture when loaded again: True\n",
+    ],
     "memory_plan.py": [
         "ERNIE-4.5-0.3B-PT       none, 0.7 GiB of weights: fits\n",
         "ERNIE-4.5-21B-A3B-PT    int8, 20.4 GiB of weights: fits\n",
@@ -65,6 +77,10 @@ def test_the_answers_are_right(name: str) -> None:
     assert [answer for answer in EXPECTED[name] if answer not in output] == [], output
     if name == "batching.py":
         _check_share(output)
+    if name == "expert_traffic.py":
+        rates = [int(rate) for rate in re.findall(r"in memory, (\d+)% were found there", output)]
+        assert rates == sorted(rates), output
+        assert rates[0] < 50 < 95 < rates[-1], output
     if name == "memory_plan.py":
         _check_weights(output)
     if name == "quantised.py":

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ernie45 import ErnieModel, InvalidRequestError, Prompt, UnsupportedError
+from ernie45 import ErnieModel, InvalidRequestError, Prompt, RoutingTrace, UnsupportedError
 
 PROMPT = "the cat sat on"
 MESSAGES = [{"role": "user", "content": "the cat"}]
@@ -310,3 +310,18 @@ def test_logits_of_the_positions_asked_for(small_model: ErnieModel) -> None:
     greedy = small_model.generate(ids, temperature=0, max_new_tokens=1).token_ids
     assert greedy == (int(logits[-1, : small_model.tokenizer.size].argmax()),)
     torch.testing.assert_close(small_model.logits(PROMPT), small_model.logits(small_model.tokenizer.encode(PROMPT)))
+
+
+def test_routing_is_traced_while_replies_stay_the_same() -> None:
+    questions = [[{"role": "user", "content": f"What is {number} + 30 + 9?"}] for number in (12, 20)]
+    with ErnieModel.from_pretrained("ernie45/tiny-moe", device="cpu", max_batch=2, progress=False) as model:
+        expected = [reply.text for reply in model.batch_chat(questions, temperature=0)]
+        with model.trace_routing() as recording:
+            assert [reply.text for reply in model.batch_chat(questions, temperature=0)] == expected
+            steps = recording.trace.calls
+        model.chat(questions[0], temperature=0)
+    trace = recording.trace
+    assert isinstance(trace, RoutingTrace)
+    assert len(trace.calls) == len(steps) > 0
+    assert 2 in trace.calls[:, 2], "two rows decode in one step"
+    assert 0 < trace.replay(4) < trace.replay(24) <= 1

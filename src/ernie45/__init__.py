@@ -54,6 +54,7 @@ __all__ = [
     "OutOfMemoryError",
     "Prompt",
     "QuantPreset",
+    "RoutingTrace",
     "SamplingOptions",
     "Score",
     "TemplateError",
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from ernie45 import backends as backends
     from ernie45 import testing as testing
     from ernie45.catalogue import ModelInfo, list_models
+    from ernie45.experts.trace import RoutingTrace
     from ernie45.memory.plan import MemoryPlan
     from ernie45.model import ErnieModel
     from ernie45.planning import plan_memory
@@ -100,6 +102,7 @@ else:
         "ModelInfo": "ernie45.catalogue",
         "Prompt": "ernie45.types.prompts",
         "QuantPreset": "ernie45.presets",
+        "RoutingTrace": "ernie45.experts.trace",
         "SamplingOptions": "ernie45.types.requests",
         "ChatChunk": "ernie45.types.results",
         "ChatCompletion": "ernie45.types.results",

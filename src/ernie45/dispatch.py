@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ernie45.errors import InvalidRequestError
 from ernie45.loading import LoadedModel
-from ernie45.options import RequestMaker, limit_thinking, naming, stop_texts
-from ernie45.prompting import no_tokenizer
+from ernie45.options import RequestMaker, checked_items, limit_thinking, naming, stop_texts
+from ernie45.prompting import Prompter, no_tokenizer
 from ernie45.replies import Reply
 from ernie45.tokenizer import TextAssembler
+from ernie45.types.messages import Conversation
 from ernie45.types.prompts import Prompt
 from ernie45.types.requests import TokenRequest
 
@@ -21,6 +23,7 @@ class Dispatcher:
 
     loaded: LoadedModel
     requests: RequestMaker
+    prompter: Prompter
 
     def start(self, prompt: Prompt, options: Mapping[str, Any], thinking_budget: int | None = None) -> Reply:
         """Raises as `ErnieModel.chat` does."""
@@ -43,6 +46,30 @@ class Dispatcher:
                 reply.cancel()
             raise
         return started
+
+    def start_prompts(self, prompts: Sequence[Any], shared: Mapping[str, Any]) -> list[Reply]:
+        """Start all, each with the `shared` options and its own. Raises as `ErnieModel.batch_generate` does."""
+        pairs: list[tuple[Prompt, Mapping[str, Any]]] = []
+        for index, item in enumerate(checked_items(prompts, "prompts")):
+            own: dict[str, Any] = {}
+            if isinstance(item, Mapping):
+                own = dict(item)
+                if "prompt" not in own:
+                    raise InvalidRequestError(f"prompts[{index}] has no 'prompt'", hint='write {"prompt": …, …}')
+                item = own.pop("prompt")
+            with naming(f"prompts[{index}]"):
+                pairs.append((self.prompter.from_prompt(item), {**shared, **own}))
+        return self.start_all(pairs, "prompts")
+
+    def rendered(
+        self, conversations: Sequence[Conversation], options: Mapping[str, Any], thinking: bool | None
+    ) -> list[tuple[Prompt, Mapping[str, Any]]]:
+        """What `start_all` takes."""
+        pairs: list[tuple[Prompt, Mapping[str, Any]]] = []
+        for index, conversation in enumerate(checked_items(conversations, "conversations")):
+            with naming(f"conversations[{index}]"):
+                pairs.append((self.prompter.from_messages(conversation, thinking=thinking), options))
+        return pairs
 
     def _prepared(
         self, prompt: Prompt, options: Mapping[str, Any], thinking_budget: int | None

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ernie45.backends.base import Backend, ExpertCounter, StreamingBackend
+from ernie45.backends.base import Backend, ExpertCounter, RoutingBackend, StreamingBackend
 from ernie45.backends.compiled import compile_layers
 from ernie45.backends.registry import Architecture, find_architecture
 from ernie45.checkpoint.adapter import Adapter, read_adapter
@@ -29,6 +29,7 @@ from ernie45.drafts import build_speculation, check_head, find_draft
 from ernie45.dry_build import DryBuild, dry_build
 from ernie45.engine.speculation.speculation import Speculation
 from ernie45.errors import InvalidRequestError, ModelNotFoundError, UnsupportedError
+from ernie45.experts.trace import RoutingLog
 from ernie45.kernels.bitsandbytes import check_bitsandbytes
 from ernie45.memory.budget import DTYPE_BYTES, KVDtype, MemoryLimit, check_kv_dtype, parse_limits
 from ernie45.memory.draft import Draft, check_draft, is_model, naming_draft
@@ -62,7 +63,7 @@ _DTYPE_NAMES: Mapping[torch.dtype, DtypeName] = MappingProxyType(
 class LoadedModel:
     """Everything the facade needs. `tokenizer` and `template` are None for a folder without tokenizer files, `vision`
     for a model that reads text only, `plan` for one that runs a script, `speculation` without a draft. There are
-    `expert_caches` where routed experts are read while it runs."""
+    `expert_caches` where routed experts are read while it runs, and `routing` where there are any."""
 
     name: str
     spec: ModelSpec
@@ -78,6 +79,7 @@ class LoadedModel:
     stats: ModelStats | None = None
     speculation: Speculation | None = None
     expert_caches: Sequence[ExpertCounter] = ()
+    routing: RoutingLog | None = None
     origin: Origin | None = None
 
 
@@ -214,6 +216,7 @@ def _load_checked(
         stats=stats,
         speculation=speculation,
         expert_caches=backend.expert_caches if isinstance(backend, StreamingBackend) else (),
+        routing=backend.routing if isinstance(backend, RoutingBackend) else None,
         origin=checked.origin,
         report=LoadReport(
             folder=str(checkpoint.folder),

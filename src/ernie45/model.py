@@ -6,6 +6,7 @@ import asyncio
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, final
@@ -13,12 +14,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, final
 from typing_extensions import Self, Unpack
 
 from ernie45.dispatch import Dispatcher
-from ernie45.errors import InvalidRequestError, UnsupportedError
+from ernie45.errors import UnsupportedError
+from ernie45.experts.trace import MAX_TOKENS, Recording
 from ernie45.loading import LoadedModel, LoadOptions, load
 from ernie45.memory.budget import KVDtype, MemoryLimit
 from ernie45.memory.draft import Draft
 from ernie45.memory.plan import MemoryPlan
-from ernie45.options import RequestMaker, checked_items, naming
+from ernie45.options import RequestMaker
 from ernie45.planning import measured
 from ernie45.presets import QuantPreset
 from ernie45.prompting import Prompter, no_tokenizer, preview_media
@@ -74,7 +76,7 @@ class ErnieModel:
         self._requests = RequestMaker(
             defaults=loaded.defaults, stop_token_ids=loaded.stop_token_ids, context_tokens=loaded.context_tokens
         )
-        self._dispatcher = Dispatcher(loaded=loaded, requests=self._requests)
+        self._dispatcher = Dispatcher(loaded=loaded, requests=self._requests, prompter=self._prompter)
         # Also runs when the model is dropped without close(), and at interpreter exit.
         self._close = weakref.finalize(self, loaded.runner.close)
 
@@ -177,7 +179,7 @@ class ErnieModel:
 
         An item may be `{"prompt": …, option: …}`; its options go before the shared ones.
         """
-        return [as_completion(done) for done in collect(self._prompt_replies(prompts, options))]
+        return [as_completion(done) for done in collect(self._dispatcher.start_prompts(prompts, options))]
 
     async def agenerate(self, prompt: PromptLike, **options: Unpack[SamplingOptions]) -> Completion:
         """The async twin of `generate`; cancelling the task cancels the reply."""
@@ -193,7 +195,7 @@ class ErnieModel:
         self, prompts: Sequence[PromptLike | Mapping[str, Any]], **options: Unpack[SamplingOptions]
     ) -> list[Completion]:
         """The async twin of `batch_generate`."""
-        return [as_completion(done) for done in await collect_async(self._prompt_replies(prompts, options))]
+        return [as_completion(done) for done in await collect_async(self._dispatcher.start_prompts(prompts, options))]
 
     # Chat
 
@@ -238,7 +240,7 @@ class ErnieModel:
         **options: Unpack[SamplingOptions],
     ) -> list[ChatCompletion]:
         """Answer many conversations at once; results in order, each the same as alone."""
-        pairs = self._rendered(conversations, options, thinking)
+        pairs = self._dispatcher.rendered(conversations, options, thinking)
         return collect(self._dispatcher.start_all(pairs, "conversations", thinking_budget))
 
     async def achat(
@@ -276,7 +278,7 @@ class ErnieModel:
         **options: Unpack[SamplingOptions],
     ) -> list[ChatCompletion]:
         """The async twin of `batch_chat`."""
-        pairs = await self._aside(lambda: self._rendered(conversations, options, thinking))
+        pairs = await self._aside(lambda: self._dispatcher.rendered(conversations, options, thinking))
         return await collect_async(self._dispatcher.start_all(pairs, "conversations", thinking_budget))
 
     # Looking inside
@@ -318,6 +320,21 @@ class ErnieModel:
             InvalidRequestError: fewer than two tokens.
         """
         return prompt_score(self._loaded.runner, self._requests.fitting(self._prompter.from_prompt(text)))
+
+    def trace_routing(self, max_tokens: int = MAX_TOKENS) -> AbstractContextManager[Recording]:
+        """Record which experts are chosen: `with model.trace_routing() as recording: …`, then `recording.trace`.
+
+        Recorded are the steps of all requests, of whichever thread, that run within the block, with their tokens in the
+        order of the steps: rows of a batch take turns, guesses that were wrong are there, too, and what was taken over
+        from an earlier prompt is not. What comes after `max_tokens` is only counted. Replies stay the same.
+
+        Raises:
+            UnsupportedError: the model has no routed experts, or runs a script.
+            InvalidRequestError: `max_tokens` is not positive, or, as the block begins, another records already.
+        """
+        if self._loaded.routing is None:
+            raise UnsupportedError(f"{self.name} has no routed experts", hint="trace one that has, such as tiny-moe")
+        return self._loaded.routing.recording(max_tokens)
 
     @property
     def name(self) -> str:
@@ -404,30 +421,6 @@ class ErnieModel:
         )
 
     # Requests
-
-    def _prompt_replies(
-        self, prompts: Sequence[PromptLike | Mapping[str, Any]], shared: SamplingOptions
-    ) -> list[Reply]:
-        pairs: list[tuple[Prompt, Mapping[str, Any]]] = []
-        for index, item in enumerate(checked_items(prompts, "prompts")):
-            own: dict[str, Any] = {}
-            if isinstance(item, Mapping):
-                own = dict(item)
-                if "prompt" not in own:
-                    raise InvalidRequestError(f"prompts[{index}] has no 'prompt'", hint='write {"prompt": …, …}')
-                item = own.pop("prompt")
-            with naming(f"prompts[{index}]"):
-                pairs.append((self._prompter.from_prompt(item), {**shared, **own}))
-        return self._dispatcher.start_all(pairs, "prompts")
-
-    def _rendered(
-        self, conversations: Sequence[Conversation], options: SamplingOptions, thinking: bool | None
-    ) -> list[tuple[Prompt, Mapping[str, Any]]]:
-        pairs: list[tuple[Prompt, Mapping[str, Any]]] = []
-        for index, conversation in enumerate(checked_items(conversations, "conversations")):
-            with naming(f"conversations[{index}]"):
-                pairs.append((self.render(conversation, thinking=thinking), options))
-        return pairs
 
     async def _aside(self, make: Callable[[], T]) -> T:
         """What `make` gives, without holding up the event loop where it may open pictures."""

@@ -31,6 +31,7 @@ PUBLIC_NAMES = [
     "OutOfMemoryError",
     "Prompt",
     "QuantPreset",
+    "RoutingTrace",
     "SamplingOptions",
     "Score",
     "TemplateError",

@@ -12,6 +12,7 @@ from ernie45.backends.base import Batch, BuildOptions, Row
 from ernie45.backends.decoder import DenseMLP, ExpertBank, Router
 from ernie45.backends.kv_cache import DenseStore, KVCache
 from ernie45.backends.text import TextBackend, build_text
+from ernie45.experts.trace import BankLog, RoutingLog
 from ernie45.kernels.linear import DenseLinear, packs
 from ernie45.kernels.ops import route
 from ernie45.spec import ModelSpec, parse_spec
@@ -179,7 +180,8 @@ def random_experts(num_experts: int, correction: Tensor | None = None) -> Expert
         DenseMLP(gate_up=DenseLinear(random(32, 24)), down=DenseLinear(random(24, 16))) for _ in range(num_experts)
     ]
     router = Router(weight=random(num_experts, 24), correction=correction, experts_per_token=2, norm_min=1e-12)
-    return ExpertBank(router=router, experts=CountingTable(experts), device=CPU)
+    log = BankLog(log=RoutingLog(num_experts), layer=1, bank="text")
+    return ExpertBank(router=router, experts=CountingTable(experts), device=CPU, log=log)
 
 
 def test_only_chosen_experts_are_looked_up_and_each_once() -> None:

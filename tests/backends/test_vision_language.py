@@ -14,6 +14,7 @@ from ernie45.backends.decoder import DenseMLP, ExpertBank, ExpertMLP, ResidentEx
 from ernie45.backends.text import build_text
 from ernie45.backends.vision_language import VisionLanguageBackend, build_vision_language
 from ernie45.backends.vision_tower import PatchEmbedding
+from ernie45.experts.trace import BankLog, RoutingLog
 from ernie45.kernels.linear import DenseLinear
 from ernie45.spec import ModelSpec, parse_spec
 from tests.backends.test_text import EXPERTS, RandomTensors
@@ -133,7 +134,8 @@ def constant(value: float) -> DenseMLP:
 
 def bank(value: float) -> ExpertBank:
     router = Router(weight=torch.zeros(1, 4), correction=None, experts_per_token=1, norm_min=1e-12)
-    return ExpertBank(router=router, experts=ResidentExperts(experts=(constant(value),)), device=CPU)
+    log = BankLog(log=RoutingLog(1), layer=1, bank="text")
+    return ExpertBank(router=router, experts=ResidentExperts(experts=(constant(value),)), device=CPU, log=log)
 
 
 @pytest.mark.parametrize("routed", [[], [0], [1, 2], [3, 0], [0, 1, 2, 3]])

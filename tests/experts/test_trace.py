@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import threading
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,12 +13,20 @@ from ernie45.errors import InvalidRequestError
 from ernie45.experts.trace import RoutingLog, RoutingTrace
 
 
-def recorded(*calls: tuple[int, list[list[int]]], num_experts: int = 4) -> RoutingTrace:
-    """Calls are a layer and the experts that it chose for each token."""
-    log = RoutingLog(num_experts)
-    with log.recording() as recording:
+def run(log: RoutingLog, *calls: tuple[int, list[list[int]]]) -> None:
+    """A step whose calls are a layer and the experts that it chose for each token."""
+    with log.step():
         for layer, chosen in calls:
             log.record(layer, np.array(chosen))
+
+
+def recorded(*calls: tuple[int, list[list[int]]], num_experts: int = 4) -> RoutingTrace:
+    """A step for each run of layers that go up."""
+    log = RoutingLog(num_experts)
+    starts = [index for index, (layer, _) in enumerate(calls) if not index or layer <= calls[index - 1][0]]
+    with log.recording() as recording:
+        for start, end in pairwise([*starts, len(calls)]):
+            run(log, *calls[start:end])
     return recording.trace
 
 
@@ -49,7 +58,7 @@ def test_experts_take_a_byte_or_two() -> None:
 
 def test_banks_are_counted_apart() -> None:
     log = RoutingLog(4)
-    with log.recording() as recording:
+    with log.recording() as recording, log.step():
         log.record(1, np.array([[0], [2]]))
         log.record(1, np.array([[3]]), "vision")
     trace = recording.trace
@@ -63,10 +72,10 @@ def test_banks_are_counted_apart() -> None:
 
 def test_nothing_is_kept_outside_of_a_recording() -> None:
     log = RoutingLog(4)
-    log.record(0, np.array([[1]]))
+    run(log, (0, [[1]]))
     with log.recording() as first:
-        log.record(0, np.array([[2]]))
-    log.record(0, np.array([[3]]))
+        run(log, (0, [[2]]))
+    run(log, (0, [[3]]))
     with log.recording() as second:
         pass
     assert first.trace.chosen.tolist() == [[2]]
@@ -77,7 +86,7 @@ def test_what_a_layer_chose_is_copied() -> None:
     """The kernels write the next step's choice to the same place."""
     chosen = np.array([[1, 2]], dtype=np.uint8)
     log = RoutingLog(4)
-    with log.recording() as recording:
+    with log.recording() as recording, log.step():
         log.record(0, chosen)
         chosen[:] = 3
     assert recording.trace.chosen.tolist() == [[1, 2]]
@@ -86,16 +95,17 @@ def test_what_a_layer_chose_is_copied() -> None:
 def test_another_thread_may_record_while_the_trace_is_read() -> None:
     log = RoutingLog(4)
 
-    def run() -> None:
+    def engine() -> None:
         for _ in range(2000):
-            log.record(0, np.array([[1, 2]]))
+            run(log, (0, [[1, 2]]), (1, [[0, 2]]))
 
     with log.recording() as recording:
-        thread = threading.Thread(target=run)
+        thread = threading.Thread(target=engine)
         thread.start()
         while thread.is_alive():
             trace = recording.trace
             assert len(trace.chosen) == trace.calls[:, 2].sum()
+            assert len(trace.calls) % 2 == 0
         thread.join()
     assert recording.trace.num_tokens() == 2000
 
@@ -108,12 +118,38 @@ def test_only_one_records_at_a_time() -> None:
         pass
 
 
+def test_a_step_that_is_not_recorded_from_its_beginning_to_its_end_is_left_out() -> None:
+    log = RoutingLog(4)
+    with log.step():
+        log.record(1, np.array([[0]]))
+        with log.recording() as late:
+            assert not log.is_recording
+            log.record(2, np.array([[0]]))
+    with log.recording() as cut, pytest.raises(TypeError):
+        run(log, (1, [[1]]), 2)  # type: ignore[arg-type]
+    recording = log.recording()
+    with recording as early:
+        step = log.step()
+        step.__enter__()
+        log.record(1, np.array([[2]]))
+    step.__exit__(None, None, None)
+    for found in (late, cut, early):
+        assert found.trace.num_tokens() == 0
+    assert not log.is_recording
+
+
+@pytest.mark.parametrize("max_tokens", [0, -1, 2.5, None])
+def test_a_limit_that_is_no_number_of_tokens_is_refused(max_tokens: object) -> None:
+    log = RoutingLog(4)
+    with pytest.raises(InvalidRequestError, match="max_tokens must be"), log.recording(max_tokens):  # type: ignore[arg-type]
+        pass
+
+
 def test_a_full_recording_has_no_holes_and_says_what_it_missed() -> None:
     log = RoutingLog(4)
     with log.recording(max_tokens=3) as recording:
         for num_tokens in (2, 2, 1):
-            for layer in (1, 2):
-                log.record(layer, np.zeros((num_tokens, 1), dtype=np.int64))
+            run(log, *((layer, [[0]] * num_tokens) for layer in (1, 2)))
     trace = recording.trace
     assert (trace.num_tokens(), trace.missed_tokens) == (2, 3)
     assert trace.counts().sum(axis=1).tolist() == [2, 2]

@@ -5,7 +5,9 @@ argument, "beyond", it does read such memory."""
 from __future__ import annotations
 
 import sys
+import threading
 from ctypes import addressof
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,29 @@ def call_all(native: Kernels, scheme: str, dtype: torch.dtype, hidden: int, num_
     native.mlp(norm.struct, bank.experts[0].struct, x)
     native.route(norm.struct, router.struct, x)
     for shared in (None, bank.experts[1].struct):
-        native.experts(norm.struct, bank.table, shared, *choice(num_tokens, 5, 3), x)
+        chosen, shares = choice(num_tokens, 5, 3)
+        native.experts(norm.struct, bank.table, shared, chosen, shares, x)
+        sums, edges = torch.empty(x.shape), sorted((chosen[0] + 1).tolist())[:-1]
+        for first, end in pairwise([-1, *([] if shared is None else [0]), *edges, 5]):
+            native.experts(norm.struct, bank.table, shared, chosen, shares, x, numbers=range(first, end), sums=sums)
     if scheme != "int4":
         native.lookup(matrix.linear.struct, torch.tensor([0, 64, 33]), dtype)
+
+
+def make_panels_alone() -> None:
+    """On a thread of its own, beside others' calls: of rows and groups that fill neither a panel nor a dword."""
+
+    def make(num_rows: int, num_groups: int) -> None:
+        library.work_alone()
+        for scheme in SCHEMES:
+            Matrix.draw(scheme, num_rows, 32 * num_groups, seed=num_rows)
+
+    shapes = ((1, 1), (63, 2), (64, 3), (65, 4), (130, 5), (200, 9))
+    threads = [threading.Thread(target=make, args=shape) for shape in shapes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def run_models() -> None:
@@ -70,6 +92,7 @@ def main() -> None:
             norm, wide = Norm(1056), Mlp.draw((scheme, scheme), 1056, 3136, bias=True)
             native.mlp(norm.struct, wide.struct, random(2, 1056))
         run_models()
+    make_panels_alone()
 
 
 if __name__ == "__main__":

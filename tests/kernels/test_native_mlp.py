@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from random import Random
+from threading import Thread
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from ernie45.kernels.library import set_threads
+from ernie45.kernels.library import set_threads, work_alone
 from ernie45.kernels.native import Kernels, trim
 from ernie45.kernels.ops import route
 from tests.kernels.panel_matrices import DTYPES, SCHEMES, Bank, Mlp, Norm, Router, choice, random
@@ -75,6 +78,50 @@ def test_experts(
     each_set.experts(norm.struct, bank.table, None if beside is None else beside.struct, chosen, shares, x)
     added = bank(norm(before), chosen, shares)
     assert_added(x, before, added if beside is None else added + beside(norm(before)))
+
+
+def cuts(chosen: Tensor, num_experts: int, *, shared: bool, seed: int) -> list[range]:
+    """The numbers from -1 to all experts, in ranges that have at least one to add each."""
+    draw = Random(seed)
+    numbers = ([-1] if shared else []) + sorted(set(chosen.flatten().tolist()))
+    ends = [draw.randint(number + 1, after) for number, after in itertools.pairwise(numbers)]
+    ends = [end for end in ends if draw.random() < 0.6]
+    return [range(start, end) for start, end in itertools.pairwise([-1, *ends, num_experts])]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    ("hidden", "num_experts", "num_chosen", "num_tokens", "bias"),
+    [(32, 1, 1, 3, False), (96, 9, 3, 1, True), (160, 12, 4, 7, False), (96, 16, 2, 100, True)],
+)
+def test_experts_in_ranges_are_the_bits_of_one_call(
+    each_set: Kernels,
+    hidden: int,
+    num_experts: int,
+    num_chosen: int,
+    num_tokens: int,
+    bias: bool,
+    scheme: str,
+    shared: bool,
+    dtype: torch.dtype,
+) -> None:
+    norm, (chosen, shares) = Norm(hidden), choice(num_tokens, num_experts, num_chosen)
+    experts = [Mlp.draw((scheme, scheme), hidden, 64, bias=bias, seed=10 * i) for i in range(num_experts)]
+    bank, shared_mlp = Bank(experts), Mlp.draw((scheme, scheme), hidden, 128, bias=bias, seed=999)
+    beside = shared_mlp.struct if shared else None
+    before = (random(num_tokens, hidden, seed=9) * 2).to(dtype)
+    expected = before.clone()
+    each_set.experts(norm.struct, bank.table, beside, chosen, shares, expected)
+    for seed in range(4):
+        x, sums = before.clone(), torch.full(before.shape, torch.nan)
+        for numbers in cuts(chosen, num_experts, shared=shared, seed=seed):
+            assert torch.equal(x, before)
+            # What is not there yet, or no more, is not looked at.
+            there = Bank(experts, numbers)
+            each_set.experts(norm.struct, there.table, beside, chosen, shares, x, numbers=numbers, sums=sums)
+        assert torch.equal(x, expected)
 
 
 @pytest.fixture
@@ -241,3 +288,39 @@ def test_of_equal_experts_the_first_are_chosen(each_set: Kernels) -> None:
     chosen, shares = each_set.route(norm.struct, router.struct, random(5, 64))
     assert chosen.tolist() == [[0, 1, 2, 3]] * 5
     assert torch.equal(shares, torch.full((5, 4), 0.25))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize("num_rows", [1, 63, 64, 65, 130])
+def test_the_order_of_int4_panels(native: Kernels, num_rows: int, num_groups: int, alone: bool) -> None:
+    """For 64 rows and four groups a dword of scales of each row, then dword after dword of codes of each."""
+    draw = torch.Generator().manual_seed(num_rows + num_groups)
+    codes = torch.randint(0, 256, (num_rows, 16 * num_groups), dtype=torch.uint8, generator=draw)
+    scales = torch.randint(-127, 128, (num_rows, num_groups), dtype=torch.int8, generator=draw)
+    num_panels, num_runs = -(-num_rows // 64), -(-num_groups // 4)
+    panels = torch.full((64 * num_panels, 16 * num_groups + 4 * num_runs), 0xAA, dtype=torch.uint8)
+
+    def make() -> None:
+        if alone:
+            work_alone()
+        native.make_int4_panels(codes, scales, panels)
+
+    thread = Thread(target=make)
+    thread.start()
+    thread.join()
+    padded = np.zeros((64 * num_panels, 4 * num_runs), dtype=np.int8)
+    padded[:num_rows, :num_groups] = scales
+    scale_words = padded.view(np.uint32)
+    code_words = np.zeros((64 * num_panels, 4 * num_groups), dtype=np.uint32)
+    code_words[:num_rows] = codes.numpy().view(np.uint32)
+    expected = [
+        words
+        for first in range(0, 64 * num_panels, 64)
+        for run in range(num_runs)
+        for words in (
+            scale_words[first : first + 64, run],
+            code_words[first : first + 64, 16 * run : 16 * run + 16].T.flatten(),
+        )
+    ]
+    assert np.array_equal(panels.numpy().view(np.uint32).flatten(), np.concatenate(expected))

@@ -159,6 +159,16 @@ def test_several_threads_at_once(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+def test_alone_it_starts_no_threads(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(1100, 1024, generator=torch.Generator().manual_seed(0))
+    expected = quantized(weight, scheme)
+    monkeypatch.setattr("ernie45.quantization.quantize.ThreadPoolExecutor", None)
+    alone = empty_packed(scheme, 1100, 1024, 32, CPU)
+    quantize_into(alone, weight, alone=True)
+    assert same(alone, expected)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_any_number_of_torch_threads(scheme: str) -> None:
     weight = normal(1000, 1088)
     before = torch.get_num_threads()

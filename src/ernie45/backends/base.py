@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ernie45.backends.kv_cache import KVCache
 from ernie45.checkpoint.expert_reads import ExpertReader
+from ernie45.experts.trace import RoutingLog
 from ernie45.memory.streaming import StreamedBank
 from ernie45.presets import PRESETS, QuantPreset, WeightPart
 from ernie45.spec import ModelSpec
@@ -171,11 +172,23 @@ class StreamingBackend(Backend, Protocol):
         ...
 
 
+@runtime_checkable
+class RoutingBackend(Backend, Protocol):
+    """A backend that says which experts its routers choose."""
+
+    @property
+    def routing(self) -> RoutingLog | None:
+        """Where it says so; None where there are no routed experts."""
+        ...
+
+
 class ExpertCounter(Protocol):
     """`ernie45.experts.cache.ExpertCache`."""
 
     @property
     def counts(self) -> ExpertCounts: ...
+
+    def close(self) -> None: ...
 
 
 @runtime_checkable

@@ -7,7 +7,7 @@ E experts, K experts chosen for a token.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ernie45.backends.base import Batch, Step, VisionTokens
 from ernie45.experts.cache import ExpertCache
+from ernie45.experts.trace import BankLog, RoutingLog
 from ernie45.kernels.linear import Embedding, Linear
 from ernie45.kernels.ops import RotaryTable, attention, rms_norm, rotate, route, swiglu
 from ernie45.memory.workspace import SCORED_ROWS
@@ -115,16 +116,19 @@ class ExpertBank:
     """Each token goes through the K of E `experts` its router chose.
 
     Only experts that some token chose are asked of the table. They lie on `device`; where that is not the router's,
-    rows go there and come back as a sum.
+    rows go there and come back as a sum. The `log` is told what was chosen.
     """
 
     router: Router
     experts: ExpertTable
     device: torch.device
+    log: BankLog
 
     def __call__(self, rows: Tensor) -> Tensor:
         """rows [N, h] on the router's device -> [N, h], there as well"""
         x, chosen, shares = (tensor.to(self.device) for tensor in (rows, *self.router(rows)))
+        if self.log.is_recording:
+            self.log.record(chosen.numpy(force=True))
         # Summed in float32 and always in the order of the experts: a row's bits do not depend on the others.
         routed = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         hits = _hits(chosen)
@@ -235,7 +239,7 @@ class NormedHead:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decoder:
     """The whole trunk: embedding [V, h], layers, and the head with the final norm on `head_device`. `expert_caches`
-    hold the routed experts that are read as they are chosen."""
+    hold the routed experts that are read as they are chosen, and `routing` is where layers say which those are."""
 
     spec: ModelSpec
     embedding: Embedding
@@ -243,6 +247,7 @@ class Decoder:
     head: Head
     head_device: torch.device
     expert_caches: tuple[ExpertCache[DenseMLP], ...] = ()
+    routing: RoutingLog | None = None
 
     def __call__(self, batch: Batch) -> Step:
         """Run the batch, whose tensors lie with the embedding, through every layer, filling its KV slots. The
@@ -250,9 +255,10 @@ class Decoder:
         x = self.embedding.lookup(batch.token_ids)
         if batch.vision is not None:
             x[batch.vision.embedded] = batch.vision.features
-        for stage in self.stages:
-            batch = batch.to(stage.device)
-            x = stage(x.to(stage.device), batch)
+        with nullcontext() if self.routing is None else self.routing.step():
+            for stage in self.stages:
+                batch = batch.to(stage.device)
+                x = stage(x.to(stage.device), batch)
         hidden = x if batch.wants_hidden else None
         if batch.in_pieces or not len(batch.wanted):
             logits = torch.empty((0, self.spec.vocab_size), dtype=torch.float32, device=self.head_device)

@@ -20,16 +20,15 @@ from ernie45.backends.decoder import (
     DenseMLP,
     ExpertBank,
     ExpertMLP,
-    ExpertTable,
     Head,
     Norm,
     NormedHead,
     ResidentExperts,
-    Router,
     Stage,
 )
 from ernie45.backends.kv_cache import DenseStore, Int8Store, KVCache, KVStore
 from ernie45.backends.streamed import StreamedExperts
+from ernie45.experts.trace import BankLog
 from ernie45.kernels.native import (
     AttentionStruct,
     BatchStruct,
@@ -86,6 +85,7 @@ class NativeStage:
         for part, following in pairwise(streaming):
             part.following = following
         self._streams = bool(streaming)
+        self._log = next((mlp.log for _, mlp in layers if isinstance(mlp, ExpertPart)), None)
         self._cache: KVCache | None = None
         self._kv_structs = (KVStruct * 0)()
 
@@ -96,7 +96,8 @@ class NativeStage:
         if self._cache is not batch.cache:
             self._cache, self._kv_structs = batch.cache, self._structs(batch.cache)
         x = x.contiguous()
-        if batch.vision is None and not self._streams:
+        is_recording = self._log is not None and self._log.is_recording
+        if batch.vision is None and not self._streams and not is_recording:
             self._native.layers(self._layer_structs, self._kv_structs, rows, x)
             return x
         for (attention, mlp), kv in zip(self._layers, self._kv_structs, strict=True):
@@ -157,6 +158,11 @@ class ExpertPart:
         return isinstance(self._text.experts, StreamedExperts)
 
     @property
+    def log(self) -> BankLog:
+        """Which is told what was chosen, as one call for all layers cannot do either."""
+        return self._text.log
+
+    @property
     def pointers(self) -> _MlpPointers:
         """Those of a step without pictures."""
         bank, shared = self._text, self._shared
@@ -176,6 +182,8 @@ class ExpertPart:
 
     def _run(self, bank: _Bank, x: Tensor) -> None:
         chosen, shares = self._native.route(self._norm, bank.router, x)
+        if bank.log.is_recording:
+            bank.log.record(chosen.numpy())
         if not isinstance(bank.experts, StreamedExperts):
             self._native.experts(self._norm, bank.table, self._shared, chosen, shares, x)
             return
@@ -212,8 +220,9 @@ class ExpertPart:
 class _Bank:
     """A router and the addresses of its experts, those that are in memory now."""
 
-    def __init__(self, router: Router, experts: ExpertTable) -> None:
-        self.experts, self._router = experts, router
+    def __init__(self, bank: ExpertBank) -> None:
+        self.experts, self.log, self._router = bank.experts, bank.log, bank.router
+        router = bank.router
         num_experts, width = router.weight.shape
         correction = None if router.correction is None else router.correction.data_ptr()
         self.router = RouterStruct(
@@ -221,8 +230,8 @@ class _Bank:
         )
         self.table = (ctypes.c_void_p * num_experts)()
         self._structs: dict[int, tuple[DenseMLP, MlpStruct]] = {}
-        if isinstance(experts, ResidentExperts):
-            self.point_at(list(enumerate(experts.experts)))
+        if isinstance(bank.experts, ResidentExperts):
+            self.point_at(list(enumerate(bank.experts.experts)))
 
     def point_at(self, group: Sequence[tuple[int, DenseMLP]]) -> None:
         """Put the addresses of these experts into the table."""
@@ -280,7 +289,7 @@ def _bank(bank: ExpertBank) -> _Bank | None:
             samples = tuple(expert for group in groups for _, expert in group)
     if bank.device.type != "cpu" or any(_mlp(expert) is None for expert in samples):
         return None
-    return _Bank(bank.router, table)
+    return _Bank(bank)
 
 
 def _mlp(mlp: DenseMLP) -> MlpStruct | None:

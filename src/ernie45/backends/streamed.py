@@ -126,4 +126,4 @@ class StreamedExperts:
 
     def read_ahead(self, numbers: Iterable[int], most: int) -> None:
         """Have up to `most` of these read that are not in memory, the likeliest first."""
-        self._cache.read_ahead((self._first + number for number in numbers), most)
+        self._cache.read_ahead([self._first + number for number in numbers], most)

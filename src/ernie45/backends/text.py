@@ -36,6 +36,7 @@ class TextBackend:
         self.weight_bytes: Mapping[WeightPart, int] = weight_bytes
         self.prefix_tokens: int = prefix_tokens(decoder)
         self.expert_caches = decoder.expert_caches
+        self.routing = decoder.routing
 
     def forward(self, batch: Batch) -> Step:
         return self._decoder(batch)

@@ -30,6 +30,7 @@ from ernie45.backends.decoder import (
 from ernie45.backends.native_stage import native_head, native_stage
 from ernie45.backends.streamed import ExpertStore
 from ernie45.checkpoint.read import BlockSource, PackedSource, TensorSource
+from ernie45.experts.trace import BankLog, RoutingLog
 from ernie45.kernels.bitsandbytes import BnbInt8Linear, Nf4Linear
 from ernie45.kernels.linear import DenseEmbedding, DenseLinear, Embedding, Linear, packs
 from ernie45.kernels.ops import RotaryTable
@@ -54,7 +55,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 class WeightBuilder:
     """Reads the weights of one checkpoint to `device`, quantises what the preset covers, and puts the parts of a
     Decoder together. `placed` counts their bytes, and `stores` are of experts that are read later, by the first number
-    of their bank; builders made by `on` share both."""
+    of their bank; builders made by `on` share both, and the log of what routers choose."""
 
     def __init__(self, spec: ModelSpec, source: TensorSource, options: BuildOptions) -> None:
         self.spec, self.source, self.options = spec, source, options
@@ -62,8 +63,9 @@ class WeightBuilder:
         self.dtype, self.device = options.dtype, torch.device(options.placement.embedding)
         self.placed: Counter[WeightPart] = Counter()
         self._staging, self._code_staging = Staging(), Staging()
-        self._memory = PanelMemory()
+        self._memory, self._is_staged = PanelMemory(), False  # whether it makes experts of what a reader has staged
         self.stores: dict[int, ExpertStore] = {}
+        self.routing = None if spec.experts is None else RoutingLog(spec.experts.num_experts)
 
     def on(self, device: str) -> WeightBuilder:
         """The builder of the same model for another device."""
@@ -72,7 +74,7 @@ class WeightBuilder:
         other = WeightBuilder(self.spec, self.source, self.options)
         other.device, other.placed = torch.device(device), self.placed
         other._staging, other._code_staging, other._memory = self._staging, self._code_staging, self._memory
-        other.stores = self.stores
+        other.stores, other.routing = self.stores, self.routing
         return other
 
     def decoder(self) -> Decoder:
@@ -88,6 +90,7 @@ class WeightBuilder:
             head=native_head(NormedHead(norm=last.norm("model.norm.weight"), linear=tied_head or last.head())),
             head_device=last.device,
             expert_caches=tuple(store.cache for store in self.stores.values()),
+            routing=self.routing,
         )
 
     def stages(self) -> tuple[Stage, ...]:
@@ -272,12 +275,13 @@ class WeightBuilder:
 
     def bank(self, prefix: str, experts: ExpertSpec, gate: Tensor, first: int, correction: Tensor | None) -> ExpertBank:
         """A router with this weight, and its experts from number `first` on."""
-        numbers = range(first, first + experts.num_experts)
+        assert self.routing is not None
+        numbers, layer = range(first, first + experts.num_experts), int(prefix.split(".")[2])
         table: ExpertTable
         if self.options.streaming is None:
             table = ResidentExperts(experts=tuple(self.expert(f"{prefix}experts.{n}.", experts) for n in numbers))
         else:
-            table = self._streamed(self.options.streaming, experts, first, layer=int(prefix.split(".")[2]))
+            table = self._streamed(self.options.streaming, experts, first, layer=layer)
         return ExpertBank(
             router=Router(
                 weight=gate,
@@ -287,11 +291,13 @@ class WeightBuilder:
             ),
             experts=table,
             device=self.device,
+            log=BankLog(log=self.routing, layer=layer, bank="vision" if first else "text"),
         )
 
     def expert(self, prefix: str, experts: ExpertSpec, memory: PanelMemory | None = None) -> DenseMLP:
         """One routed expert; with `memory`, and all that are built after it, there."""
-        self._memory = memory or self._memory
+        if memory is not None:
+            self._memory, self._is_staged = memory, True
         # With use_bias, Baidu's routed experts have biases and transformers' have none: the files decide.
         has_bias = f"{prefix}down_proj.bias" in self.source
         return self.mlp(prefix, experts.intermediate_size, part="routed_experts", has_bias=has_bias)
@@ -329,11 +335,9 @@ class WeightBuilder:
         if part != "vision":
             stored = self.stored(parts, in_features)
             if stored is not None and len(stored) == 1:
-                return build_packed_linear(stored[0], bias, self.dtype, self._memory)
+                return self._packed_linear(stored[0], bias)
             if stored is not None:
-                return StackedLinear(
-                    [build_packed_linear(piece, None, self.dtype, self._memory) for piece in stored], bias
-                )
+                return StackedLinear([self._packed_linear(piece, None) for piece in stored], bias)
             quantised = self.quantised(parts, in_features, part=part)
             if quantised is not None:
                 linear = build_packed_linear(quantised, bias, self.dtype, self._memory, in_place=True)
@@ -346,6 +350,9 @@ class WeightBuilder:
         if scheme == "bnb-int8":
             return BnbInt8Linear(self.staged(in_features, parts).to(self.device), bias)
         return self.torch_dense(in_features, parts, bias) if part == "vision" else self.dense(in_features, parts, bias)
+
+    def _packed_linear(self, packed: Packed, bias: Tensor | None) -> Linear:
+        return build_packed_linear(packed, bias, self.dtype, self._memory, is_staged=self._is_staged)
 
     def packed(self, name: str, part: Literal["embedding", "head"]) -> PackedInt8 | None:
         """A matrix of the vocabulary's height, if it is quantised in the files or by the preset."""
@@ -378,7 +385,7 @@ class WeightBuilder:
             (name,) = _weights(parts)
             quantize_blocks_into(packed, self.source.read_blocks(name, (packed.out_features, in_features)))
         else:
-            quantize_into(packed, self.staged(in_features, parts))
+            quantize_into(packed, self.staged(in_features, parts), alone=self._is_staged)
         return packed
 
     def norm(self, name: str, *, part: Literal["norms", "vision"] = "norms") -> Norm:

@@ -20,7 +20,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from ernie45.backends.base import Backend, MediaBackend, PrefixBackend, Step
+from ernie45.backends.base import Backend, MediaBackend, PrefixBackend, Step, StreamingBackend
 from ernie45.backends.kv_cache import KVCache
 from ernie45.engine.media import MediaEncoder, SequenceMedia
 from ernie45.engine.schedule import PrefillSchedule
@@ -167,6 +167,9 @@ class Engine:
             self._waiting.clear()
             if self._speculation is not None:
                 self._speculation.close()
+            if isinstance(self._backend, StreamingBackend):
+                for cache in self._backend.expert_caches:
+                    cache.close()
             del self._backend, self._cache, self._slots, self._encoder, self._speculation
             trim()
 

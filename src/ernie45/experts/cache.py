@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Generic, TypeVar, final
 
@@ -35,7 +35,8 @@ class ExpertCache(Generic[Expert]):
         self._free = list(range(num_slots))
         self._slots: dict[int, int] = {}
         self._filled: dict[int, Future[Expert]] = {}
-        self._ahead: set[int] = set()
+        self._ahead: set[int] = set()  # guesses that are being read, or were
+        self._unproven: set[int] = set()  # guesses in memory that no lease has wanted yet
         self._can_go = np.zeros(num_keys, dtype=bool)
         self._readers = ThreadPoolExecutor(num_readers, thread_name_prefix="ernie45-experts")
         self._hits = self._misses = self._guesses = self._good_guesses = 0
@@ -64,6 +65,9 @@ class ExpertCache(Generic[Expert]):
         Raises what `fill` raises.
         """
         self._policy.note(keys)
+        proven = self._unproven.intersection(keys)
+        self._unproven -= proven
+        self._good_guesses += len(proven)
         first = asked = 0
         try:
             while first < len(keys):
@@ -75,6 +79,7 @@ class ExpertCache(Generic[Expert]):
                 started = time.perf_counter()
                 if asked == first:  # every slot is being filled ahead
                     wait([self._filled[key] for key in self._ahead], return_when=FIRST_COMPLETED)
+                    self._stall_seconds += time.perf_counter() - started
                     continue
                 group = [(keys[first], self._filled[keys[first]].result())]
                 self._stall_seconds += time.perf_counter() - started
@@ -87,33 +92,39 @@ class ExpertCache(Generic[Expert]):
         finally:
             self._release(keys[first:asked])
 
-    def read_ahead(self, keys: Iterable[int], most: int) -> None:
-        """Have up to `most` of these experts read that are not there, the likeliest first: guesses of what is next."""
+    def read_ahead(self, keys: Sequence[int], most: int) -> None:
+        """Have up to `most` of these experts read that are not there, the likeliest first: guesses of what is next.
+        None of them makes room for another."""
         for key in keys:
             if most and key not in self._filled:
-                slot = self._take_slot(())
+                slot = self._take_slot(keys)
                 if slot is None:
                     return
                 self._read(key, slot)
                 self._ahead.add(key)
+                self._unproven.add(key)
                 self._guesses += 1
                 most -= 1
 
     def close(self) -> None:
-        """Wait for what is being read, and forget everything."""
+        """Wait for what is being read, and let go of the experts, their memory and the threads."""
         self._readers.shutdown(cancel_futures=True)
         self._filled.clear()
+        del self._fill
 
     def _ask(self, key: int, later: Sequence[int]) -> bool:
         """Have an expert read unless it is there already, and keep it; False if there is no slot for it now. Those that
         come `later` go before it only where nothing else can."""
         if key in self._ahead:
             self._ahead.remove(key)
-            self._good_guesses += 1
+            if self._filled[key].done():
+                self._release([key])  # one that failed, perhaps long ago, is read again
         if key in self._filled:
             self._hits += self._filled[key].done()
         else:
             slot = self._take_slot(later)
+            if slot is None:
+                slot = next((self._drop(key) for key in reversed(later) if self._can_go[key]), None)
             if slot is None:
                 return False
             self._read(key, slot)
@@ -125,21 +136,21 @@ class ExpertCache(Generic[Expert]):
         self._slots[key] = slot
         self._filled[key] = self._readers.submit(self._fill, key, slot)
 
-    def _take_slot(self, later: Sequence[int]) -> int | None:
+    def _take_slot(self, spared: Sequence[int]) -> int | None:
+        """One that is free, or that of an expert which is not in use and not spared; None if there is none now."""
         for key in [key for key in self._ahead if self._filled[key].done()]:  # guesses that were wrong so far may go
             self._ahead.remove(key)
             self._release([key])
         if self._free:
             return self._free.pop()
         can_go = self._can_go.copy()
-        can_go[list(later)] = False
+        can_go[list(spared)] = False
         candidates = np.flatnonzero(can_go)
-        if len(candidates):
-            return self._drop(self._policy.victim(candidates))
-        return next((self._drop(key) for key in reversed(later) if self._can_go[key]), None)
+        return self._drop(self._policy.victim(candidates)) if len(candidates) else None
 
     def _drop(self, key: int) -> int:
         del self._filled[key]
+        self._unproven.discard(key)
         self._can_go[key] = False
         return self._slots.pop(key)
 

@@ -12,7 +12,7 @@ _CELL = 11
 _LEFT, _TOP = 60, 70  # of the cells
 _LEGEND, _SWATCH = 60, 64
 _LEAST_WIDTH = 690
-_NUMBER_EVERY = 8  # experts
+_FEW, _NUMBER_EVERY = 10, 8  # experts: few are all numbered
 
 _COLOURS = ("#eff5fb", "#d3e4f3", "#b3d0e8", "#8db8db", "#649ccb", "#4080b9", "#2566a3", "#134b83", "#08305c")
 
@@ -42,7 +42,7 @@ def draw_shares(title: str, layers: Sequence[int], shares: NDArray[np.float64], 
 
 
 def _numbers(layers: Sequence[int], num_experts: int) -> Iterator[str]:
-    for expert in range(0, num_experts, _NUMBER_EVERY):
+    for expert in range(0, num_experts, 1 if num_experts <= _FEW else _NUMBER_EVERY):
         yield f'<text x="{_LEFT + expert * _CELL + _CELL / 2}" y="{_TOP - 6}" text-anchor="middle">{expert}</text>'
     for row, layer in enumerate(layers):
         yield f'<text x="{_LEFT - 8}" y="{_TOP + row * _CELL + 9}" text-anchor="end">{layer}</text>'

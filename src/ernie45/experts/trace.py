@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,10 @@ from ernie45.experts.policy import SimulatedCache, UsePolicy
 Bank = Literal["text", "vision"]
 
 MAX_TOKENS: Final = 200_000
-"""Tokens that are recorded at most: of 300B-A47B 82 MB."""
+"""Tokens that are recorded at most: of 300B-A47B 82 MB where they come as prompts, 0.3 GB one at a time."""
+
+_Call = tuple[int, int, NDArray[np.unsignedinteger]]
+"""A layer, the number of a bank, and the experts [N, K] that it chose."""
 
 _BANKS: Final[tuple[Bank, ...]] = ("text", "vision")
 _ARRAYS: Final = ("num_experts", "missed_tokens", "calls", "chosen")
@@ -160,24 +163,50 @@ class RoutingLog:
 
     def __init__(self, num_experts: int) -> None:
         self._num_experts = num_experts
+        self._dtype = np.uint8 if num_experts <= 256 else np.uint16
         self._recording: Recording | None = None
-        self._starting = threading.Lock()
+        self._lock = threading.Lock()
+        self._step: list[_Call] | None = None
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether the step that runs now is kept."""
+        return self._step is not None
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """A step of the model, which is kept if a recording has all of it: layers have the same tokens in a trace."""
+        recording = self._recording
+        if recording is None:
+            yield
+            return
+        self._step = []
+        try:
+            yield
+            with self._lock:
+                if self._recording is recording and self._step:
+                    recording.add(self._step)
+        finally:
+            self._step = None
 
     def record(self, layer: int, chosen: NDArray[np.integer], bank: Bank = "text") -> None:
         """A layer has chosen these experts [N, K] for the N tokens of a step."""
-        recording = self._recording
-        if recording is not None:
-            recording.add(layer, chosen, bank)
+        if self._step is not None:
+            self._step.append((layer, _number(bank), chosen.astype(self._dtype)))
 
     @contextmanager
     def recording(self, max_tokens: int = MAX_TOKENS) -> Iterator[Recording]:
-        """Record all that is chosen during the block, of any thread, until `max_tokens` went through every layer.
+        """Record the steps that run during the block, of any thread, until `max_tokens` went through every layer.
 
         Raises:
-            InvalidRequestError: somebody records already.
+            InvalidRequestError: somebody records already, or `max_tokens` is no positive number.
         """
+        if not isinstance(max_tokens, int) or max_tokens < 1:
+            raise InvalidRequestError(
+                f"max_tokens must be a positive number, not {max_tokens!r}", hint=f"the default is {MAX_TOKENS:,}"
+            )
         recording = Recording(self._num_experts, max_tokens)
-        with self._starting:
+        with self._lock:
             if self._recording is not None:
                 raise InvalidRequestError(
                     "the routing of this model is being recorded already", hint="end the other recording before"
@@ -186,7 +215,26 @@ class RoutingLog:
         try:
             yield recording
         finally:
-            self._recording = None
+            with self._lock:
+                self._recording = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BankLog:
+    """The part of a log that is about one bank of one layer."""
+
+    log: RoutingLog
+    layer: int
+    bank: Bank
+
+    @property
+    def is_recording(self) -> bool:
+        """As `RoutingLog.is_recording`: without that there is no need to `record`."""
+        return self.log.is_recording
+
+    def record(self, chosen: NDArray[np.integer]) -> None:
+        """As `RoutingLog.record`."""
+        self.log.record(self.layer, chosen, self.bank)
 
 
 @final
@@ -195,31 +243,29 @@ class Recording:
 
     def __init__(self, num_experts: int, max_tokens: int) -> None:
         self._num_experts, self._max_tokens = num_experts, max_tokens
-        self._dtype = np.uint8 if num_experts <= 256 else np.uint16
-        self._calls: list[tuple[int, int, NDArray[np.unsignedinteger]]] = []
-        self._kept: dict[int, int] = {}  # tokens by layer
-        self._missed: dict[int, int] = {}
+        self._steps: list[tuple[NDArray[np.int32], NDArray[np.unsignedinteger]]] = []
+        self._num_tokens = self._missed_tokens = 0
 
-    def add(self, layer: int, chosen: NDArray[np.integer], bank: Bank) -> None:
-        """As `RoutingLog.record`."""
-        kept = self._kept.get(layer, 0) + len(chosen)
-        if layer in self._missed or kept > self._max_tokens:
+    def add(self, step: Sequence[_Call]) -> None:
+        """What the layers chose in a step, all of them for the same tokens."""
+        num_tokens = sum(len(chosen) for layer, _, chosen in step if layer == step[0][0])
+        if self._missed_tokens or self._num_tokens + num_tokens > self._max_tokens:
             # Once a step is missed so are all after it: a trace has no holes.
-            self._missed[layer] = self._missed.get(layer, 0) + len(chosen)
+            self._missed_tokens += num_tokens
             return
-        self._kept[layer] = kept
-        self._calls.append((layer, _number(bank), chosen.astype(self._dtype)))
+        self._num_tokens += num_tokens
+        calls = np.array([(layer, bank, len(chosen)) for layer, bank, chosen in step], dtype=np.int32)
+        self._steps.append((calls, np.concatenate([chosen for _, _, chosen in step])))
 
     @property
     def trace(self) -> RoutingTrace:
-        """Of all tokens until now."""
-        calls = list(self._calls)
-        shapes = [(layer, bank, len(chosen)) for layer, bank, chosen in calls]
+        """Of all steps until now."""
+        steps = list(self._steps)
         return RoutingTrace(
             num_experts=self._num_experts,
-            calls=np.array(shapes, dtype=np.int32).reshape(-1, 3),
-            chosen=np.concatenate([chosen for _, _, chosen in calls] or [np.empty((0, 0), self._dtype)]),
-            missed_tokens=max(self._missed.values(), default=0),
+            calls=np.concatenate([calls for calls, _ in steps] or [np.empty((0, 3), np.int32)]),
+            chosen=np.concatenate([chosen for _, chosen in steps] or [np.empty((0, 0), np.uint8)]),
+            missed_tokens=self._missed_tokens,
         )
 
 

@@ -31,16 +31,20 @@ def build_packed_linear(
     memory: PanelMemory | None = None,
     *,
     in_place: bool = False,
+    is_staged: bool = False,
 ) -> Linear:
     """The fastest product for a quantised matrix on the device it lies on; x and y are of `dtype`.
 
     With `in_place` the memory of its codes may be written to, and nothing of its size is allocated: loading leaves no
-    holes in the heap then. Where the native kernels serve, it must come from `memory`.
+    holes in the heap then. Where the native kernels serve, it must come from `memory`. With `is_staged` the matrix is
+    overwritten by the next, and what is kept of it is copied.
     """
     if takes_panels(dtype, packed.codes.device, packed.in_features):
         panels = packed_panels(packed, bias, memory or PanelMemory(), in_place=in_place)
         if panels is not None:
             return panels
+    if is_staged:
+        packed = type(packed)(**{name: tensor.clone() for name, tensor in packed.tensors().items()})
     on_cpu = packed.codes.device.type == "cpu"
     if on_cpu and isinstance(packed, PackedInt8):
         return Int8Linear(packed, bias, dtype)

@@ -31,8 +31,8 @@ _LINE_BYTES = 64
 
 @final
 class PanelMemory:
-    """Memory for weights, mapped in large pieces for which the system is asked to use large pages; or no more than
-    `room` [bytes].
+    """Memory for weights, mapped in large pieces for which the system is asked to use large pages; or that of `room`
+    [bytes], beside which matrices lie on the heap whose rows were padded to whole panels in no plan.
 
     All weights are read in every step, which takes a quarter longer with pages of 4 KiB
     (docs/decisions/0020-native-kernels.md). A piece is given back once no tensor lies in it.
@@ -46,7 +46,8 @@ class PanelMemory:
         """An uninitialised tensor."""
         num_bytes = math.prod(shape) * dtype.itemsize
         if num_bytes > len(self._rest):
-            assert self._can_grow, f"{num_bytes} bytes of a matrix, and {len(self._rest)} left for them"
+            if not self._can_grow:
+                return torch.empty(shape, dtype=dtype)
             self._rest = self._map(max(_PIECE_BYTES, -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES))
         taken = self._rest[:num_bytes]
         self._rest = self._rest[-(-num_bytes // _LINE_BYTES) * _LINE_BYTES :]

@@ -27,9 +27,9 @@ _STRETCHES = (0.95, 1.0, 1.1)
 """What is tried, as multiples of the scale that gives a group's value of largest magnitude the code -8."""
 
 
-def quantize_into(packed: Packed, weight: Tensor) -> None:
+def quantize_into(packed: Packed, weight: Tensor, *, alone: bool = False) -> None:
     """Round `weight` [N, K], bfloat16, float16, float32 or float64 on the CPU, to what `packed` holds, on as many
-    threads as torch uses.
+    threads as torch uses; `alone` on the calling one, where several do so at once: each has memory of its own.
 
     The result does not depend on how many rows go together, on threads or on the processor. It may be called from
     several threads at once.
@@ -40,7 +40,7 @@ def quantize_into(packed: Packed, weight: Tensor) -> None:
     num_rows, num_columns = weight.shape
     step = max(1, min(num_rows, _BLOCK_VALUES // num_columns))
     starts = iter(range(0, num_rows, step))  # shared: each thread takes the next block when it is done with one
-    num_threads = torch.get_num_threads() if weight.numel() >= _MIN_THREADED_VALUES else 1
+    num_threads = torch.get_num_threads() if weight.numel() >= _MIN_THREADED_VALUES and not alone else 1
     if num_threads == 1:
         _quantize_blocks(packed, weight, starts, step)
         return

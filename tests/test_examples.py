@@ -41,7 +41,7 @@ EXPECTED = {
         "ERNIE-4.5-0.3B-PT       none, 0.7 GiB of weights: fits\n",
         "ERNIE-4.5-21B-A3B-PT    int8, 20.4 GiB of weights: fits\n",
         "ERNIE-4.5-VL-28B-A3B-PT int4, 15.8 GiB of weights: fits\n",
-        "ERNIE-4.5-300B-A47B-PT  int4, 149.2 GiB of weights: streams\n",
+        "ERNIE-4.5-300B-A47B-PT  int4, 20.6 GiB of weights: streams\n",
         "\nRemedies    1. It fits with ",
         "\ncuda:0 has attention of 28 layers and experts of ",
         "\ncpu has attention of 0 layers and experts of ",

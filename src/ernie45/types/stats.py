@@ -13,8 +13,9 @@ class ExpertCounts:
     """What became of routed experts that are read from disk as they are chosen.
 
     `hits` lay in memory when a layer wanted them, `misses` did not. `guesses` were read before a layer wanted them, of
-    which `good_guesses` it did. For misses and guesses `read_bytes` were read from files, and the model waited
-    `stall_seconds`; the rest of the time they were read beside its work.
+    which `good_guesses` it did; one that was still being read then is neither hit nor miss. For misses and guesses
+    `read_bytes` were read from files, and the model waited `stall_seconds`; the rest of the time they were read beside
+    its work.
     """
 
     hits: int = 0

@@ -151,6 +151,7 @@ def _check(
     devices: tuple[DeviceMemory, ...],
     adapter: Adapter | None,
     draft: _Checked | None = None,
+    can_stream: bool = True,
 ) -> _Checked:
     """Everything that can be checked without reading a weight."""
     config = read_config(folder)
@@ -163,7 +164,7 @@ def _check(
     vision = _vision_input(folder, spec, options, device)
     stored = spec.dtype or checkpoint.index.main_dtype
     request = _request(name, config, spec, options, devices=devices, stored_dtype=stored, vision=vision)
-    request = replace(request, draft=_draft_needs(options, draft))
+    request = replace(request, draft=_draft_needs(options, draft), can_stream=can_stream)
     check_head(options.draft, architecture.build, checkpoint.index.tensors, folder)
     dry = dry_build(architecture, checkpoint, adapter, request, mtp=options.draft == "mtp")
     ignored = checkpoint.account_for(dry.survey.unread())
@@ -311,7 +312,7 @@ def _check_draft_model(folder: Path, options: LoadOptions, devices: tuple[Device
             max_pixels=None,
             media_limits=None,
         )
-        return _check(folder, str(folder), options, devices=devices[:1], adapter=None)
+        return _check(folder, str(folder), options, devices=devices[:1], adapter=None, can_stream=False)
 
 
 def _beside(draft: _Checked, plan: MemoryPlan) -> _Checked:

@@ -229,19 +229,18 @@ class _Bank:
             router.weight.data_ptr(), correction, num_experts, width, router.experts_per_token, router.norm_min
         )
         self.table = (ctypes.c_void_p * num_experts)()
-        self._structs: dict[int, tuple[DenseMLP, MlpStruct]] = {}
+        self._structs: list[tuple[DenseMLP, MlpStruct]] = []
         if isinstance(bank.experts, ResidentExperts):
             self.point_at(list(enumerate(bank.experts.experts)))
 
     def point_at(self, group: Sequence[tuple[int, DenseMLP]]) -> None:
-        """Put the addresses of these experts into the table."""
+        """Put the addresses of these experts into the table, and let go of the group before."""
+        self._structs = []
         for number, expert in group:
-            known = self._structs.get(number)
-            if known is None or known[0] is not expert:
-                struct = _mlp(expert)
-                assert struct is not None
-                self._structs[number] = expert, struct
-                self.table[number] = ctypes.addressof(struct)
+            struct = _mlp(expert)
+            assert struct is not None
+            self._structs.append((expert, struct))
+            self.table[number] = ctypes.addressof(struct)
 
 
 def native_head(head: NormedHead) -> Head:

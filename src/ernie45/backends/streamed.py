@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
-from functools import cached_property
 from typing import Protocol, final
 
 import torch
@@ -20,6 +19,8 @@ from ernie45.kernels.library import work_alone
 from ernie45.kernels.panels import PanelMemory
 from ernie45.memory.workspace import NUM_EXPERT_READERS
 from ernie45.spec import ExpertSpec
+
+_LINE_BYTES = 64  # at multiples of which the kernels want matrices
 
 
 class ExpertBuilder(Protocol):
@@ -48,13 +49,14 @@ class ExpertStore:
     ) -> None:
         num_slots = streaming.slots.vision if first else streaming.slots.text
         bank = streaming.banks[first > 0]
+        slot_bytes = -(-bank.held_bytes // _LINE_BYTES) * _LINE_BYTES
         self._num_experts = experts.num_experts
         self.cache = ExpertCache(
             num_keys=num_layers * experts.num_experts,
             num_slots=num_slots,
             num_readers=NUM_EXPERT_READERS,
             expert_bytes=bank.stored_bytes,
-            fill=_Filling(streaming, open_builder, experts, first, (num_slots, bank.held_bytes)),
+            fill=_Filling(streaming, open_builder, experts, first, (num_slots, slot_bytes)),
         )
 
     def layer(self, index: int) -> StreamedExperts:
@@ -78,11 +80,7 @@ class _Filling:
         self._streaming, self._open_builder = streaming, open_builder
         self._experts, self._first, self._slots = experts, first, slots
         self._threads = threading.local()
-
-    @cached_property
-    def _memory(self) -> torch.Tensor:
-        """[slots, bytes], which take memory as they are filled."""
-        return PanelMemory().take(self._slots, torch.uint8)
+        self._lock, self._memory = threading.Lock(), torch.empty(0)
 
     def __call__(self, key: int, slot: int) -> DenseMLP:
         layer, number = divmod(key, self._experts.num_experts)
@@ -91,11 +89,18 @@ class _Filling:
         try:
             reader, builder = self._thread()
             reader.stage(prefix)
-            return builder.expert(prefix, self._experts, PanelMemory(self._memory[slot]))
+            return builder.expert(prefix, self._experts, PanelMemory(self._room(slot)))
         except CheckpointError as error:
             raise type(error)(
                 f"expert {number} of layer {layer} could not be read: {error.message}", hint=error.hint
             ) from error
+
+    def _room(self, slot: int) -> torch.Tensor:
+        """Of all slots, which take memory as they are filled: a build without weights fills none."""
+        with self._lock:
+            if not len(self._memory):
+                self._memory = PanelMemory().take(self._slots, torch.uint8)
+        return self._memory[slot]
 
     def _thread(self) -> tuple[ExpertReader, ExpertBuilder]:
         """What this thread reads and builds with."""

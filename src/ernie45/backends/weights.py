@@ -305,13 +305,14 @@ class WeightBuilder:
     def _streamed(self, streaming: Streaming, experts: ExpertSpec, first: int, *, layer: int) -> ExpertTable:
         """The table of a layer whose experts are read as they are chosen. The slots of all layers are counted once."""
         if first not in self.stores:
+            spec, options = self.spec, self.options  # a builder would keep its buffers as long as the store lives
             bank = streaming.banks[first > 0]
             num_slots = streaming.slots.vision if first else streaming.slots.text
             self.placed["routed_experts"] += num_slots * bank.code_bytes
             self.placed["scales"] += num_slots * bank.scale_bytes
             self.stores[first] = ExpertStore(
                 streaming,
-                lambda source: WeightBuilder(self.spec, source, self.options),
+                lambda source: WeightBuilder(spec, source, options),
                 experts,
                 num_layers=self.spec.num_layers,
                 first=first,

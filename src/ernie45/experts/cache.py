@@ -133,8 +133,12 @@ class ExpertCache(Generic[Expert]):
         return True
 
     def _read(self, key: int, slot: int) -> None:
+        try:
+            self._filled[key] = self._readers.submit(self._fill, key, slot)
+        except RuntimeError:  # the system has no more threads
+            self._free.append(slot)
+            raise
         self._slots[key] = slot
-        self._filled[key] = self._readers.submit(self._fill, key, slot)
 
     def _take_slot(self, spared: Sequence[int]) -> int | None:
         """One that is free, or that of an expert which is not in use and not spared; None if there is none now."""

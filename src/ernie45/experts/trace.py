@@ -142,7 +142,16 @@ class RoutingTrace:
             raise InvalidRequestError(
                 f"there is no file {path}", hint="name one that RoutingTrace.save wrote"
             ) from error
-        except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        except (
+            OSError,
+            EOFError,
+            KeyError,
+            AttributeError,
+            TypeError,
+            ValueError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
             raise _no_trace(path, str(error)) from error
         return _checked(path, **arrays)
 

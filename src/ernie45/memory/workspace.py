@@ -38,6 +38,7 @@ _LAYER_BYTES = 600 * 2**10  # heap that a first step leaves taken for each layer
 _MATRIX_KINDS = 4  # shapes of a layer's matrices
 _READ_BYTES = 16 * 2**20
 _ROUNDING_BYTES = 8 * 2**20  # scratch of rounding, which the heap keeps
+_ROUNDING_ALONE_BYTES = 4 * 2**20  # on one thread
 _MEDIA_CACHE_BYTES = 256 * 2**20
 _PUBLISHED_MAX_PIXELS = 6177 * 28 * 28
 _FLOAT = 4
@@ -145,7 +146,7 @@ def reading_bytes(
     """Most bytes that reading experts from disk needs while running, of which one has `stored_bytes` in the files.
 
     Each reader has these in a buffer. What is not put straight into its place needs another for the widest matrix, and
-    what is rounded on the way the same as in `loading_bytes`.
+    what is rounded on the way less than in `loading_bytes`: a reader rounds without torch's threads.
     """
     assert spec.experts is not None
     width = max(spec.experts.intermediate_size, 0 if spec.vision is None else spec.vision.experts.intermediate_size)
@@ -154,7 +155,7 @@ def reading_bytes(
     if not is_stored_quantised and (preset.experts is not None or not native):
         staged += widest * bytes_per_value
     if not is_stored_quantised and preset.experts is not None:
-        staged += _ROUNDING_BYTES + (widest // 2 if native and preset.experts == "int4" else 0)
+        staged += _ROUNDING_ALONE_BYTES + (widest // 2 if native and preset.experts == "int4" else 0)
     return NUM_EXPERT_READERS * (stored_bytes + staged)
 
 

@@ -26,7 +26,7 @@ EXPECTED = {
         "gave up on the long one\n",
     ],
     "larger_than_memory.py": [
-        "\n   6GiB: streams, 752 of 1,728 experts in memory, 2.2 GB read for a token\n",
+        "\n   6GiB: streams, 754 of 1,728 experts in memory, 2.2 GB read for a token\n",
         "\n  12GiB: fits\n",
         "\n   8GiB: does not fit\n",
         "\n  24GiB: streams, 336 of 3,264 experts in memory, ",

@@ -97,24 +97,28 @@ static void run(PoolTask task, void *context, int64_t num_tasks) {
         for (int64_t i = 0; i < num_tasks; i++) task(context, i);
 }
 
-#ifndef AHEAD_DWORDS
 #define AHEAD_DWORDS 64 /* of a row, that are asked for before they are needed */
-#endif
 #define LANES 4 /* rows whose dwords change places with one another at a time */
 
 typedef uint32_t Lanes __attribute__((vector_size(4 * LANES)));
+
+#if defined(__clang__) /* GCC has this from version 12 on only */
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Lanes){__VA_ARGS__})
+#endif
 
 /* Four dwords of each of four rows, `from_stride` dwords apart -> each dword of all four rows, side by side. */
 static inline void transpose_lanes(const uint32_t *from, int64_t from_stride, Lanes columns[LANES]) {
     Lanes rows[LANES], pairs[LANES];
     for (int i = 0; i < LANES; i++) memcpy(&rows[i], from + i * from_stride, sizeof rows[i]);
     for (int i = 0; i < 2; i++) {
-        pairs[2 * i] = __builtin_shufflevector(rows[i], rows[i + 2], 0, 4, 1, 5);
-        pairs[2 * i + 1] = __builtin_shufflevector(rows[i], rows[i + 2], 2, 6, 3, 7);
+        pairs[2 * i] = SHUFFLE(rows[i], rows[i + 2], 0, 4, 1, 5);
+        pairs[2 * i + 1] = SHUFFLE(rows[i], rows[i + 2], 2, 6, 3, 7);
     }
     for (int i = 0; i < 2; i++) {
-        columns[2 * i] = __builtin_shufflevector(pairs[i], pairs[i + 2], 0, 4, 1, 5);
-        columns[2 * i + 1] = __builtin_shufflevector(pairs[i], pairs[i + 2], 2, 6, 3, 7);
+        columns[2 * i] = SHUFFLE(pairs[i], pairs[i + 2], 0, 4, 1, 5);
+        columns[2 * i + 1] = SHUFFLE(pairs[i], pairs[i + 2], 2, 6, 3, 7);
     }
 }
 

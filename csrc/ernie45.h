@@ -110,7 +110,8 @@ E45_API void e45_work_alone(void);
 
 /* `rows` [n · 64] of `num_dwords` dwords each -> panels, in place; every byte is XORed with `flip`. */
 E45_API int e45_make_panels(void *rows, int64_t num_panels, int64_t num_dwords, int64_t flip);
-/* Of int4 rows the codes [N][in_features / 2] and scales [N][in_features / 32] -> panels, filled up with zeros. */
+/* Of int4 rows the codes [N][in_features / 2] and scales [N][in_features / 32] -> panels, which begin at a multiple of
+ * 16 bytes, filled up with zeros. */
 E45_API int e45_make_int4_panels(const uint8_t *codes, const int8_t *scales, int64_t num_rows, int64_t in_features,
                                  void *panels);
 

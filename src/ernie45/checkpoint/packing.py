@@ -26,7 +26,7 @@ from ernie45.checkpoint.open import Checkpoint, open_source, open_survey
 from ernie45.checkpoint.packed import packed_name
 from ernie45.checkpoint.packed_config import matrix_scheme, packed_entries
 from ernie45.checkpoint.progress import Advance
-from ernie45.checkpoint.read import BLOCK_BYTES, TORCH_DTYPES, BlockSource, PackedSource, TensorSource
+from ernie45.checkpoint.read import BLOCK_BYTES, TORCH_DTYPES, BlockSource, PackedSource, TensorSource, bytes_of
 from ernie45.checkpoint.write import (
     DEFAULT_SHARD_BYTES,
     PARTIAL_SUFFIX,
@@ -233,14 +233,14 @@ class UnitReader:
         else:
             if name not in self._made:
                 self._make(step, step.matrix)
-            yield _bytes_of(self._made[name].contiguous())
+            yield bytes_of(self._made[name].contiguous())
 
     def _read_plain(self, unit: Unit) -> memoryview:
         raw = self._staging[: unit.num_bytes]
         values = raw.view(TORCH_DTYPES[unit.dtype])
         out = values.view(unit.shape[::-1]).T if unit.transposed else values.view(unit.shape)
         self._source.read_into(out, unit.rows)
-        return _bytes_of(raw)
+        return bytes_of(raw)
 
     def _make(self, step: Step, matrix: Matrix) -> None:
         """Have the tensors of a matrix; without its codes where they are rounded."""
@@ -268,7 +268,7 @@ class UnitReader:
                 piece["codes"] = codes[: len(rows)]
                 quantize_into(type(packed)(**piece), rows)
                 first += len(rows)
-                yield _bytes_of(piece["codes"])
+                yield bytes_of(piece["codes"])
         self._made = {_name(unit): packed.tensors()[_leaf(unit)] for unit in step.units[1:]}
 
     def _read_rows(self, matrix: Matrix) -> Iterator[Tensor]:
@@ -378,7 +378,3 @@ def _name(unit: Unit) -> str:
 
 def _leaf(unit: Unit) -> str:
     return _name(unit).rpartition(".")[2]
-
-
-def _bytes_of(contiguous: Tensor) -> memoryview:
-    return contiguous.view(-1).view(torch.uint8).numpy().data

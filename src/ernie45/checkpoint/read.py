@@ -213,7 +213,7 @@ class TensorReader:
         staging = torch.empty((min(num_rows, step), num_columns), dtype=stored, device="cpu")
         for first in range(0, num_rows, step):
             block = staging[: min(step, num_rows - first)]
-            self._read_bytes(read.info, first * row_bytes, _bytes_of(block))
+            self._read_bytes(read.info, first * row_bytes, bytes_of(block))
             _check_finite(block, read.info, wanted=stored)
             yield block
 
@@ -222,7 +222,7 @@ class TensorReader:
         step = BLOCK_BYTES // flat.element_size()
         for first in range(0, flat.numel(), step):
             block = flat[first : first + step]
-            self._read_bytes(info, first * flat.element_size(), _bytes_of(block))
+            self._read_bytes(info, first * flat.element_size(), bytes_of(block))
             _check_finite(block, info, wanted=out.dtype)
 
     def _read_staged(self, info: TensorInfo, out: torch.Tensor, stored: torch.dtype) -> None:
@@ -231,7 +231,7 @@ class TensorReader:
         offset = 0
         for block in _blocks(out, block_elements):
             part = staging[: block.numel()]
-            self._read_bytes(info, offset, _bytes_of(part))
+            self._read_bytes(info, offset, bytes_of(part))
             _check_finite(part, info, wanted=out.dtype)
             block.copy_(part.view(block.shape))
             offset += part.numel() * stored.itemsize
@@ -245,7 +245,7 @@ class TensorReader:
         staging = torch.empty((min(num_rows, block_rows), num_columns), dtype=stored, device="cpu")
         for first in range(0, num_rows, block_rows):
             block = staging[: min(block_rows, num_rows - first)]
-            self._read_bytes(info, first * num_columns * stored.itemsize, _bytes_of(block))
+            self._read_bytes(info, first * num_columns * stored.itemsize, bytes_of(block))
             _check_finite(block, info, wanted=read.targets[0][1].dtype)
             for stretch, target in read.targets:
                 values = block if stretch is None else block[:, stretch]
@@ -307,7 +307,8 @@ def _check_finite(block: torch.Tensor, info: TensorInfo, *, wanted: torch.dtype)
             )
 
 
-def _bytes_of(contiguous: torch.Tensor) -> memoryview:
+def bytes_of(contiguous: torch.Tensor) -> memoryview:
+    """The memory of a tensor on the CPU."""
     return contiguous.view(-1).view(torch.uint8).numpy().data
 
 

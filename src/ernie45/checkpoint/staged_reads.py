@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,12 +15,12 @@ from typing import final
 import numpy as np
 
 from ernie45.checkpoint.headers import TensorInfo
+from ernie45.checkpoint.large_pages import map_large_pages
 from ernie45.checkpoint.range_reads import read_fully
-from ernie45.errors import CheckpointError, CorruptFileError, OutOfMemoryError
+from ernie45.errors import CheckpointError, CorruptFileError
 
 _BLOCK_BYTES = 4096  # direct reads begin and end where a block does
 _JOINED_GAP_BYTES = 64 << 10  # to read over it takes less time than another read
-_PAGE_BYTES = 2 << 20
 _NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
@@ -55,7 +54,7 @@ class StagedReader:
     """
 
     def __init__(self) -> None:
-        self._buffer = _map(_BLOCK_BYTES)
+        self._buffer = _room(_BLOCK_BYTES)
         self._staged: tuple[_Range, ...] = ()
 
     def stage(self, infos: Sequence[TensorInfo]) -> None:
@@ -69,7 +68,7 @@ class StagedReader:
         self._staged = ()  # should this fail
         ranges = _joined(infos)
         if ranges and ranges[-1].end > len(self._buffer):
-            self._buffer = _map(ranges[-1].end)
+            self._buffer = _room(ranges[-1].end)
         for file, its_ranges in groupby(ranges, key=lambda stretch: stretch.file):
             self._read_file(file, tuple(its_ranges))
         self._staged = ranges
@@ -134,21 +133,10 @@ def _joined(infos: Sequence[TensorInfo]) -> tuple[_Range, ...]:
     return tuple(ranges)
 
 
-def _map(num_bytes: int) -> memoryview:
-    """Memory that begins with a page, as direct reads need it, in large pages if the system has them: a disk then has
-    fewer places to write to, and is up to twice as fast (docs/decisions/0025-streamed-reads.md)."""
-    num_bytes = -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES
-    try:
-        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise OutOfMemoryError(
-            f"the system gave no {num_bytes:,} bytes to read an expert into ({error})",
-            hint="close other programs, or load a smaller model or preset; `ernie45 plan` says what fits",
-        ) from None
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # a kernel without large pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(memory)
+def _room(num_bytes: int) -> memoryview:
+    """In large pages a disk has fewer places to write to, and is up to twice as fast
+    (docs/decisions/0025-streamed-reads.md)."""
+    return memoryview(map_large_pages(num_bytes, "to read an expert into"))
 
 
 @contextlib.contextmanager

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
-import sys
 from typing import final
 
 import torch
 from torch import Tensor
 
-from ernie45.errors import OutOfMemoryError
+from ernie45.checkpoint.large_pages import map_large_pages
 from ernie45.kernels.linear import bias_bytes
 from ernie45.kernels.native import NATIVE_DTYPES, MatrixStruct, kernels
 from ernie45.presets import INT4_GROUP
@@ -25,7 +22,6 @@ _DENSE, _INT8, _INT4 = range(3)
 _CODE_BITS = (16, 8, 4)
 _GROUPS_A_DWORD = 4  # of int4, whose scales lie side by side
 _PIECE_BYTES = 64 * 2**20
-_PAGE_BYTES = 2 * 2**20
 _LINE_BYTES = 64
 
 
@@ -48,7 +44,8 @@ class PanelMemory:
         if num_bytes > len(self._rest):
             if not self._can_grow:
                 return torch.empty(shape, dtype=dtype)
-            self._rest = self._map(max(_PIECE_BYTES, -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES))
+            piece = map_large_pages(max(_PIECE_BYTES, num_bytes), "for weights")
+            self._rest = torch.frombuffer(piece, dtype=torch.uint8)
         taken = self._rest[:num_bytes]
         self._rest = self._rest[-(-num_bytes // _LINE_BYTES) * _LINE_BYTES :]
         return taken.view(dtype).view(shape)
@@ -56,20 +53,6 @@ class PanelMemory:
     def copy(self, x: Tensor) -> Tensor:
         """The same tensor, here."""
         return self.take(tuple(x.shape), x.dtype).copy_(x)
-
-    def _map(self, num_bytes: int) -> Tensor:
-        if sys.platform != "linux":
-            return torch.empty(num_bytes, dtype=torch.uint8)
-        try:
-            piece = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError as error:
-            raise OutOfMemoryError(
-                f"the system gave no {num_bytes:,} bytes for weights ({error})",
-                hint="close other programs, or load a smaller model or preset; `ernie45 plan` says what fits",
-            ) from None
-        with contextlib.suppress(OSError):  # a kernel without large pages
-            piece.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(piece, dtype=torch.uint8)
 
 
 @final

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from ernie45.commands.convert import convert
 from ernie45.errors import CheckpointError, InvalidRequestError, UnsupportedError
 from ernie45.presets import PRESETS, QuantPreset
 from ernie45.saving import save_checkpoint
+from tests.full_disk import fill_disk_after
 from tests.gptq_files import write_gptq_folder
 from tests.paddle_files import CONFIG, EXPERTS, random_pt, write_checkpoint
 
@@ -122,19 +122,8 @@ def pack(source: Path, folder: Path, quantization: str = "int4", shard_bytes: in
 def cut(paddle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder whose conversion ran into a full disk in its third file."""
     monkeypatch.setattr(convert_module, "SYNC_BYTES", SHARD_BYTES // 5)
-    left = 50_000
-
-    def pwrite(descriptor: int, data: memoryview, position: int) -> int:
-        nonlocal left
-        if left <= 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        written = whole(descriptor, data[:left], position)
-        left -= written
-        return written
-
-    whole = os.pwrite
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", pwrite)
+        fill_disk_after(50_000, patch)
         with pytest.raises(CheckpointError, match="the disk is full") as caught:
             pack(paddle, tmp_path / "cut")
     assert "run the same command again: it goes on" in caught.value.hint

@@ -25,6 +25,7 @@ from ernie45.errors import CheckpointError, InvalidRequestError, UnsupportedErro
 from ernie45.presets import PRESETS
 from ernie45.saving import save_checkpoint, save_loaded
 from ernie45.spec import parse_spec
+from tests.full_disk import fill_disk_after
 from tests.paddle_files import CONFIG, random_pt, write_checkpoint
 
 INT4 = PRESETS["int4"]
@@ -54,18 +55,8 @@ def test_a_disk_without_room_is_told_before_the_start(
 def test_a_disk_that_fills_up_is_an_error_of_ours(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_shard_bytes: int
 ) -> None:
-    before, left = content(source), 8000
-    whole = os.pwrite
-
-    def pwrite(descriptor: int, data: memoryview, position: int) -> int:
-        nonlocal left
-        if left <= 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        written = whole(descriptor, data[:left], position)
-        left -= written
-        return written
-
-    monkeypatch.setattr(os, "pwrite", pwrite)
+    before = content(source)
+    fill_disk_after(8000, monkeypatch)
     with pytest.raises(CheckpointError, match=r"the disk is full: .*out could not be finished") as caught:
         save_checkpoint(source, tmp_path / "out", INT4, max_shard_bytes=max_shard_bytes, progress=False)
     assert "what was written is removed" in caught.value.hint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -244,3 +245,21 @@ def test_what_lies_in_a_slot_from_an_earlier_request_is_never_seen() -> None:
         assert isinstance(store, DenseStore)
         store.x.fill_(torch.nan)
     assert torch.equal(decode_batch({0: [5, 6, 7]}, cache, backend), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_in_pieces_are_those_of_one_step_and_all_in_one_place(dtype: torch.dtype) -> None:
+    shape = spec()
+    backend = build(RandomTensors(), shape, dtype)
+    cache = allocate(shape, num_slots=1, dtype=dtype)
+    batch = batch_of({0: (list(range(20)), 0)}, cache)
+    whole = backend.forward(replace(batch, wanted=torch.arange(20))).logits
+    places, rows = set(), []
+    for piece in backend.forward(replace(batch, wanted=torch.arange(20), in_pieces=True)).pieces:
+        places.add(piece.data_ptr())
+        rows.append(piece.clone())
+    assert len(rows) == 3
+    assert len(places) == 1
+    torch.testing.assert_close(torch.cat(rows), whole, atol=1e-2 if dtype == torch.bfloat16 else 1e-5, rtol=0)
+    nothing = torch.empty(0, dtype=torch.int64)
+    assert not list(backend.forward(replace(batch, wanted=nothing, in_pieces=True)).pieces)

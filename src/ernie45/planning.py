@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ernie45 import catalogue
 from ernie45.checkpoint.gptq_config import GptqConfig, read_gptq_config, with_quantize_config
@@ -34,9 +34,12 @@ from ernie45.memory.placement import DeviceMemory
 from ernie45.memory.plan import MemoryPlan
 from ernie45.memory.planner import choose_preset, make_plan, with_speed
 from ernie45.memory.sizing import DraftNeeds, PlanRequest
-from ernie45.memory.streaming import NOMINAL_DISK_RATE
+from ernie45.memory.streaming import NOMINAL_DISK_RATE, RecordedRouting, check_routing
 from ernie45.presets import PRESETS, QuantPreset, find_preset
 from ernie45.spec import DTYPE_NAMES, DtypeName, ModelSpec, parse_spec
+
+if TYPE_CHECKING:
+    from ernie45.experts.trace import RoutingTrace
 
 _DEVICE_NAME = re.compile(r"auto|mps|(cpu|cuda)(:\d+)?")
 # oneDNN computes in bfloat16 where the processor has these instructions, or Arm's "bf16".
@@ -71,18 +74,21 @@ def plan_memory(
     max_batch: int | None = None,
     kv_dtype: KVDtype = "auto",
     draft: Draft = None,
+    routing: RoutingTrace | None = None,
 ) -> MemoryPlan:
     """What a model would take in memory, and whether it fits, before anything is fetched or read.
 
-    `name_or_path` is a catalogue name (no network is used), the content of a config.json, or a checkpoint's folder. The
-    other arguments are those of `ErnieModel.from_pretrained`; devices named in `memory` need not be there.
+    `name_or_path` is a catalogue name (no network is used), the content of a config.json, or a checkpoint's folder.
+    `routing` is what `model.trace_routing` recorded, which says how many experts a token finds in memory where they
+    stream. The other arguments are those of `ErnieModel.from_pretrained`; devices named in `memory` need not be there.
 
     Raises:
         ModelNotFoundError: no such name or folder.
         CheckpointError: a config or folder that cannot be read.
         UnsupportedError: a device or dtype that is unknown, weights whose quantisation is not read, or draft="mtp" and
             no such head.
-        InvalidRequestError: an argument of the wrong kind or range, or a draft that cannot guess for this model.
+        InvalidRequestError: an argument of the wrong kind or range, a draft that cannot guess for this model, or the
+            routing of another one.
     """
     check_draft(draft)
     preset = find_preset(quantization)
@@ -94,6 +100,8 @@ def plan_memory(
     request = replace(request, context_tokens=context_tokens, max_batch=max_batch, free_disk_bytes=limits.disk_bytes)
     if draft == "mtp":
         check_mtp(is_text=model.spec.vision is None, has_head=_has_mtp(model), model=model.name)
+    if routing is not None:
+        request = replace(request, routing=_recorded(routing, model))
     if draft is not None:
         request = replace(request, draft=_draft_needs(draft, preset, request, dtype=dtype))
     return measured(make_plan(request), model.folder)
@@ -139,6 +147,24 @@ def _draft_needs(draft: Draft, preset: QuantPreset | None, model: PlanRequest, *
         asked = draft_preset(preset, model.devices[0], described.stored)
         request = _request(described, asked, dtype=dtype, kv_dtype=model.kv_dtype, devices=model.devices[:1])
         return DraftNeeds(model=replace(request, preset=request.preset or choose_preset(request)))
+
+
+def _recorded(routing: RoutingTrace, model: _Model) -> RecordedRouting:
+    from ernie45.experts.trace import RoutingTrace  # here, because numpy takes a while
+
+    if not isinstance(routing, RoutingTrace):
+        raise InvalidRequestError(
+            f"routing= must be a RoutingTrace, not {type(routing).__name__}", hint="RoutingTrace.load reads a file"
+        )
+    recorded = RecordedRouting(
+        num_tokens=routing.num_tokens(),
+        num_layers=len(routing.layers),
+        num_experts=routing.num_experts,
+        num_chosen=routing.chosen.shape[1],
+        hit_rate=routing.replay,
+    )
+    check_routing(recorded, model.spec, model.name)
+    return recorded
 
 
 def draft_preset(asked: QuantPreset | None, device: DeviceMemory, stored: QuantPreset | None) -> QuantPreset | None:
@@ -195,9 +221,9 @@ def stored_preset(config: Mapping[str, Any]) -> QuantPreset | None:
 
 
 def has_native_kernels(devices: tuple[DeviceMemory, ...], stored: QuantPreset | None) -> bool:
-    """Whether the native kernels serve these devices, which CPUs alone are, and weights `stored` so: they do not know
-    GPTQ's codes."""
-    return all(one.kind == "cpu" for one in devices) and stored != _GPTQ and native_library() is not None
+    """Whether the native kernels serve CPUs among these devices, and weights `stored` so: they do not know GPTQ's
+    codes."""
+    return any(one.kind == "cpu" for one in devices) and stored != _GPTQ and native_library() is not None
 
 
 def settle_preset(asked: QuantPreset | None, stored: QuantPreset | None) -> QuantPreset | None:

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ernie45 import plan_memory
 from ernie45.cli import main
 from ernie45.commands.plan import memory_limit
 from ernie45.errors import InvalidRequestError
+from ernie45.experts.trace import RoutingTrace
 from ernie45.memory.machine import HostMemory
 
 IN_A_NEW_PROCESS = """
@@ -69,6 +71,19 @@ def test_a_draft_is_part_of_the_plan(capsys: pytest.CaptureFixture[str]) -> None
     assert drafts[0] == 0 < drafts[1]
 
 
+def test_a_trace_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = RoutingTrace(
+        num_experts=64,
+        calls=np.array([(layer, 0, 1) for _ in range(4) for layer in range(1, 28)], np.int32),
+        chosen=np.tile(np.arange(6, dtype=np.uint8), (4 * 27, 1)),
+    )
+    trace.save(tmp_path / "trace.npz")
+    options = ["--quantization", "int4", "--memory", "6GiB", "--device", "cpu", "--dtype", "bfloat16", "--json"]
+    assert main(["plan", "ERNIE-4.5-21B-A3B-PT", *options, "--routing", str(tmp_path / "trace.npz")]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert (values["routing_tokens"], values["expert_hit_rate"]) == (4, 0.75)
+
+
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
@@ -81,6 +96,7 @@ def test_a_draft_is_part_of_the_plan(capsys: pytest.CaptureFixture[str]) -> None
         (["ernie45/tiny-dense", "--context", "0"], "context_tokens must be from 1"),
         (["ernie45/tiny-dense", "--batch", "0"], "max_batch must be"),
         (["ernie45/tiny-dense", "--draft", "mtp"], "draft='mtp' was asked for"),
+        (["ernie45/tiny-moe", "--routing", "none.npz"], "there is no file none.npz"),
     ],
 )
 def test_mistakes_are_explained(arguments: list[str], shown: str, capsys: pytest.CaptureFixture[str]) -> None:

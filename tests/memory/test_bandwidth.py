@@ -29,7 +29,7 @@ def test_reading_is_measured_once_and_leaves_neither_threads_nor_memory(monkeypa
 def test_reading_takes_as_long_as_one_pass_of_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each thread takes 10 ms for its part, all of them at once: at most all of the buffer in 10 ms."""
     copy_rate.cache_clear()
-    num_bytes = max(64, 16 * (os.cpu_count() or 1)) * MIB
+    num_bytes = max(128, 16 * (os.cpu_count() or 1)) * MIB
     monkeypatch.setattr(np, "sum", lambda part: time.sleep(0.01))
     try:
         assert 4 * MIB / 0.01 < copy_rate() <= num_bytes / 0.01

@@ -3,16 +3,20 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ernie45.backends.base import BuildOptions
 from ernie45.backends.text import build_text
 from ernie45.backends.vision_language import build_vision_language
 from ernie45.catalogue import find
-from ernie45.memory.estimate import estimate_sites
+from ernie45.checkpoint.headers import read_headers
+from ernie45.errors import TensorError
+from ernie45.memory.estimate import estimate_sites, stored_weights
 from ernie45.presets import PRESETS, QuantPreset, WeightPart
 from ernie45.spec import ModelSpec, parse_spec
 from ernie45.types.placement import Placement
@@ -137,3 +141,13 @@ def test_what_one_token_goes_through() -> None:
     sites = estimate_sites(spec_of("tiny-moe"), PRESETS["none"], bytes_per_value=2, has_own_head=False)
     assert sites.active_experts == (0, *[2 * 3 * 256 * 128 * 2] * 3)
     assert [sum(site.values()) for site in sites.experts] == [0, *[8 * 3 * 256 * 128 * 2] * 3]
+
+
+@pytest.mark.parametrize("shape", [[1, 5], [1, 5, 32, 8]])
+def test_panels_of_another_shape_are_a_damaged_file(tmp_path: Path, shape: list[int]) -> None:
+    save_file(
+        {"model.layers.0.self_attn.o_proj.panels": torch.zeros(shape, dtype=torch.uint8)},
+        tmp_path / "model.safetensors",
+    )
+    with pytest.raises(TensorError, match=r"o_proj\.panels' is stored as U8 \[1, 5.*no panels of 64 rows"):
+        stored_weights(read_headers(tmp_path), bytes_per_value=2, has_own_head=False, gptq=None)

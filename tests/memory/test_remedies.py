@@ -113,6 +113,14 @@ def test_a_smaller_preset_that_streams() -> None:
     assert make_plan(replace(asked, preset=PRESETS["int4"])).verdict == "streams"
 
 
+def test_beside_a_gpu_it_is_the_cpus_preset_that_streams() -> None:
+    asked = request("ERNIE-4.5-300B-A47B-PT", "none", {"cuda:0": 8 * GB, "cpu": 20 * GIB})
+    assert make_plan(asked).verdict == "does not fit"
+    preset = remedies(asked)[-1]
+    assert preset == "With quantization='int4' its routed experts are read from disk as they are needed."
+    assert make_plan(replace(asked, preset=PRESETS["int4"])).verdict == "streams"
+
+
 def test_where_no_single_change_does_a_second_is_named_with_a_preset() -> None:
     asked = request("ERNIE-4.5-21B-A3B-PT", "none", context_tokens=131072, max_batch=4)
     both = remedies(asked)[0]

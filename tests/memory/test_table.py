@@ -74,6 +74,7 @@ STREAMS = made_up_plan(
     remedies=("It fits with less.",),
     num_experts=ExpertSlots(text=1728),
     expert_slots=ExpertSlots(text=673),
+    expert_hit_rate=673 / 1728,
     expert_read_bytes=2 * GIB,
     disk_read_rate=1.5e9,
 )
@@ -134,7 +135,15 @@ def test_experts_for_pictures_are_told_apart() -> None:
         STREAMS, num_experts=ExpertSlots(text=1000, vision=1000), expert_slots=ExpertSlots(text=400, vision=500)
     )
     assert "400 of 1,000 for text and 500 of 1,000 for pictures in memory, 45 %;" in " ".join(lines_of(plan))
-    assert plan.expert_hit_rate == 0.4
+
+
+def test_a_plan_for_recorded_routing_says_so() -> None:
+    recorded = replace(STREAMS, expert_hit_rate=0.753, routing_tokens=1234)
+    assert (
+        "673 of 1,728 in memory, 39 %; the others are read from disk as they are needed: 2.00 GiB for each token, if "
+        "75 % of its experts are in memory, as in a routing trace of 1,234 tokens Limits"
+    ) in " ".join(lines_of(recorded))
+    assert [plan.to_dict()["routing_tokens"] for plan in (STREAMS, recorded)] == [None, 1234]
 
 
 def test_what_is_not_as_usual_is_named() -> None:

@@ -195,7 +195,7 @@ WIDE = {**CONFIG, "hidden_size": 512, "intermediate_size": 3072, "num_attention_
 WIDE_MOE = {**WIDE, "model_type": "ernie4_5_moe", "moe_num_experts": 64, "moe_k": 4, "moe_intermediate_size": 1024,
             "moe_num_shared_experts": 2, "moe_layer_start_index": 0, "moe_layer_end_index": 1, "moe_layer_interval": 1,
             "moe_use_aux_free": False}  # fmt: skip
-SHORT_BYTES, OVER_BYTES = 8 * 2**20, 20 * 2**20  # by which a plan may be too low, and too high
+SHORT_BYTES, OVER_BYTES = 7 * 2**20, 22 * 2**20  # by which a plan may be too low, and too high
 
 SCRIPT = """
 import sys

@@ -18,6 +18,9 @@ def add_plan(commands: Any) -> None:
     parser.add_argument(
         "--draft", metavar="DRAFT", help="what guesses tokens: lookup, mtp, or a model's name or folder"
     )
+    parser.add_argument(
+        "--routing", metavar="FILE.npz", help="a routing trace of the model: how often a token finds experts in memory"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_plan)
 
@@ -65,6 +68,11 @@ def memory_limit(sizes: Sequence[str] | None) -> dict[str, str] | None:
 def _plan(options: argparse.Namespace) -> int:
     from ernie45.planning import plan_memory
 
+    routing = None
+    if options.routing is not None:
+        from ernie45.experts.trace import RoutingTrace  # here, because numpy takes a while
+
+        routing = RoutingTrace.load(options.routing)
     plan = plan_memory(
         options.model,
         quantization=options.quantization,
@@ -75,6 +83,7 @@ def _plan(options: argparse.Namespace) -> int:
         max_batch=options.batch,
         kv_dtype=options.kv_dtype,
         draft=options.draft,
+        routing=routing,
     )
     print(plan.to_json() if options.json else plan)
     return 0

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from ernie45.checkpoint.gptq_config import GptqConfig
 from ernie45.checkpoint.headers import CheckpointIndex, TensorInfo
+from ernie45.errors import TensorError
 from ernie45.parameters import count_resampler, count_vision_tower
-from ernie45.presets import Part, QuantPreset, WeightPart, code_bytes, scale_bytes
+from ernie45.presets import INT4_GROUP, Part, QuantPreset, WeightPart, code_bytes, scale_bytes
 from ernie45.spec import ExpertSpec, ModelSpec
 
 _FLOAT32_BYTES = 4
@@ -123,6 +124,10 @@ def stored_weights(
             counted[scales] += info.num_bytes
             if leaf == "scales" and gptq is not None and not gptq.is_symmetric:
                 counted[scales] += math.prod(info.shape)  # a byte for each zero
+        elif leaf == "panels":
+            num_rows, num_groups = _panel_groups(info)
+            counted[part] += num_rows * num_groups * INT4_GROUP // 2
+            counted[scales] += num_rows * num_groups
         elif leaf == "g_idx" and info.dtype == "I32" and gptq is not None and gptq.reorders_inputs:
             orders.setdefault(_read_as_one(module), []).append(_read(info))
         elif leaf not in ("qzeros", "g_idx"):
@@ -132,6 +137,17 @@ def stored_weights(
         each = stored[:1] if len(set(stored)) == 1 else stored
         counted["scales"] += sum(len(groups) for groups in each if not _is_sorted(groups))
     return counted
+
+
+def _panel_groups(info: TensorInfo) -> tuple[int, int]:
+    """How many rows, and groups in each, are in `PanelInt4.panels`."""
+    if len(info.shape) != 4 or info.shape[2:] != (64, 4):
+        raise TensorError(
+            f"tensor {info.name!r} is stored as {info.dtype} {list(info.shape)}, which are no panels of 64 rows",
+            hint="the files are damaged: save or fetch the folder again",
+        )
+    num_panels, num_dwords, panel_rows, _ = info.shape
+    return num_panels * panel_rows, 4 * num_dwords // 17  # a dword of scales before the 16 of four groups
 
 
 def add_parts(sites: Iterable[PartBytes]) -> Counter[WeightPart]:

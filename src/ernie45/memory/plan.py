@@ -74,7 +74,9 @@ class MemoryPlan:
         memory_read_rate: bytes a second, measured here; None where it was not.
         num_experts: of a plan that streams, how many routed experts there are over all layers, None otherwise, as the
             following are; and `expert_slots` how many of them are held in memory.
-        expert_read_bytes: what one token reads from disk, if all experts are chosen equally often.
+        expert_hit_rate: the share of a text token's routed experts that is in memory: as in a routing trace of
+            `routing_tokens`, or with None for these if all are chosen equally often.
+        expert_read_bytes: what one token reads from disk for the others.
         disk_read_rate: bytes a second from the checkpoint's files, measured; nominal where there are none; None where
             no speed was estimated.
         notes: what else a reader should know, such as that a release is refused when it is loaded.
@@ -99,6 +101,8 @@ class MemoryPlan:
     memory_read_rate: float | None = None
     num_experts: ExpertSlots | None = None
     expert_slots: ExpertSlots | None = None
+    expert_hit_rate: float | None = None
+    routing_tokens: int | None = None
     expert_read_bytes: int | None = None
     disk_read_rate: float | None = None
     notes: tuple[str, ...] = ()
@@ -132,14 +136,6 @@ class MemoryPlan:
     def peak_bytes(self) -> int:
         """The most in use at any time, over all devices."""
         return sum(device.peak_bytes for device in self.devices)
-
-    @property
-    def expert_hit_rate(self) -> float | None:
-        """The share of a text token's routed experts that are in memory, if all are chosen equally often; None where
-        nothing streams."""
-        if self.expert_slots is None or self.num_experts is None:
-            return None
-        return self.expert_slots.text / self.num_experts.text
 
     @property
     def placements(self) -> tuple[DevicePlan, ...]:

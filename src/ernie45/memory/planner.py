@@ -21,13 +21,20 @@ from ernie45.presets import QuantPreset
 from ernie45.types.placement import Placement
 from ernie45.types.streaming import ExpertSlots
 
+# What decoding reaches of the rate that memory/bandwidth.py measures, and seconds a token outside the native kernels.
+# Measured: 0.83 to 1.01, and 0.8 to 1.4 ms. docs/guide/memory.md says on what.
+_READ_SHARE = 0.88
+_STEP_SECONDS = 1e-3
+# A layer whose experts stream is run in several calls. The 21B in 4, 6 and 8 GiB, on two cores: 0.3 to 1 ms.
+_STREAMED_LAYER_SECONDS = 0.7e-3
+
 
 def make_plan(request: PlanRequest) -> MemoryPlan:
     """Plan from arithmetic alone; `with_speed` adds `tokens_per_second`.
 
-    An open preset becomes the best in quality that fits with 8,192 tokens, or the model's maximum; the smallest where
-    none does. An open batch becomes as many rows of the context as fit, up to 32; an open context 8,192 tokens, the
-    model's maximum or what fits, but at least 256.
+    An open preset becomes the best in quality that fits with 8,192 tokens, or the model's maximum; where none does the
+    smallest, a CPU's if experts stream to it. An open batch becomes as many rows of the context as fit, up to 32; an
+    open context 8,192 tokens, the model's maximum or what fits, but at least 256.
 
     Raises:
         InvalidRequestError: a context outside 1 … the model's maximum, or a batch below 1.
@@ -39,19 +46,17 @@ def with_speed(
     plan: MemoryPlan, measure_rate: Callable[[], float], measure_disk_rate: Callable[[], float]
 ) -> MemoryPlan:
     """The plan with the speed that a CPU's memory allows, and the disk where experts stream, both in bytes a second; as
-    it was where it does not fit or another device works.
-
-    A token takes memory bytes / memory rate + disk bytes / disk rate. The one waits for the other: which experts are to
-    be read is known only when a layer gets there.
-    """
+    it was where it does not fit or another device works."""
     if plan.verdict == "does not fit" or any(not device.device.startswith("cpu") for device in plan.devices):
         return plan
     memory_rate = measure_rate()
+    seconds = sum(device.token_bytes for device in plan.devices) / (_READ_SHARE * memory_rate) + _STEP_SECONDS
     disk_rate = None
-    seconds = sum(device.token_bytes for device in plan.devices) / memory_rate
     if plan.expert_read_bytes is not None:
+        # Memory and disk take turns: what is to be read is known only when a layer gets there.
         disk_rate = measure_disk_rate()
         seconds += plan.expert_read_bytes / disk_rate
+        seconds += _STREAMED_LAYER_SECONDS * sum(len(device.expert_layers) for device in plan.devices)
     return replace(plan, tokens_per_second=1 / seconds, memory_read_rate=memory_rate, disk_read_rate=disk_rate)
 
 
@@ -60,29 +65,35 @@ def choose_preset(request: PlanRequest) -> QuantPreset:
     tokens = request.context_tokens or min(DEFAULT_CONTEXT_TOKENS, request.spec.max_context_tokens)
     usual = replace(request, context_tokens=tokens)
     presets = presets_by_quality(request)
-    return next((preset for preset in presets if Sizing(usual, preset).choose("fits")), presets[-1])
+    found = next((preset for preset in presets if Sizing(usual, preset).choose("fits")), None)
+    if found is not None:
+        return found
+    smallest = Sizing(request, presets[-1])
+    if smallest.on_cpu is None or smallest.choose("fits"):
+        return smallest.preset
+    on_cpu = Sizing(smallest.on_cpu.request, presets_by_quality(smallest.on_cpu.request)[-1])
+    return on_cpu.preset if on_cpu.choose("streams") else smallest.preset
 
 
 def _plan(sizing: Sizing) -> MemoryPlan:
-    request, spec = sizing.request, sizing.spec
+    asked, spec, slots = sizing, sizing.spec, None
     verdict: Verdict = "fits"
     budget = sizing.choose("fits")
-    if budget is None:
-        verdict = "streams"
+    if budget is None and sizing.on_cpu is not None:
         budget = sizing.choose("streams")
+        if budget is not None:
+            verdict, sizing = "streams", sizing.on_cpu
+            slots = sizing.expert_slots(budget)
+    request = sizing.request
     if budget is None:
         verdict = "does not fit"
         least = min(MIN_CONTEXT_TOKENS, spec.max_context_tokens)
         budget = Budget(context_tokens=request.context_tokens or least, max_batch=request.max_batch or 1)
-    running, sites, usable, slots = sizing.running(budget), sizing.sites, request.devices, None
-    if verdict == "streams":
-        slots = sizing.expert_slots(budget)
-        assert slots is not None
-        assert sizing.streaming_device is not None
+    running, sites = sizing.running(budget), sizing.sites
+    if slots is not None:
         running, sites = sizing.running_beside_readers(budget), sizing.sites_with(slots)
-        usable = (sizing.streaming_device,)
-    placement = place(sites, usable, running)
-    devices = _device_plans(placement, sites, usable, running)
+    placement = place(sites, request.devices, running)
+    devices = _device_plans(placement, sites, request.devices, running)
     attainable: Verdict = "streams" if verdict == "streams" else "fits"
     plan = MemoryPlan(
         model=request.model,
@@ -105,13 +116,15 @@ def _plan(sizing: Sizing) -> MemoryPlan:
     )
     if slots is not None:
         plan = _streamed(plan, sizing, slots)
-    return replace(plan, remedies=find_remedies(sizing, plan))
+    return replace(plan, remedies=find_remedies(asked, plan))
 
 
 def _streamed(plan: MemoryPlan, sizing: Sizing, slots: ExpertSlots) -> MemoryPlan:
     """With what there is to say about experts that are read from disk."""
     text, *pictures = sizing.banks
-    read_bytes = token_read_bytes(text, slots.text)
+    routing = sizing.request.routing
+    hit_rate = slots.text / text.num_experts if routing is None else routing.hit_rate(slots.text)
+    read_bytes = token_read_bytes(text, hit_rate)
     notes = plan.notes
     if text.stored_bytes > text.held_bytes:
         notes += (
@@ -122,6 +135,8 @@ def _streamed(plan: MemoryPlan, sizing: Sizing, slots: ExpertSlots) -> MemoryPla
         plan,
         num_experts=ExpertSlots(text=text.num_experts, vision=sum(bank.num_experts for bank in pictures)),
         expert_slots=slots,
+        expert_hit_rate=hit_rate,
+        routing_tokens=None if routing is None else routing.num_tokens,
         expert_read_bytes=read_bytes,
         bottleneck=f"speed: {in_words(read_bytes)} of experts are read from disk for each token",
         notes=notes,

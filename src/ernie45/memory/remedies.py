@@ -33,8 +33,8 @@ def find_remedies(sizing: Sizing, plan: MemoryPlan) -> tuple[str, ...]:
         beside = f"quantization={smaller[-1].preset.name!r} and "
         found += [*_arguments(smaller[-1], budget, beside)] or [_more_memory(smaller[-1], beside)]
     found.append(_more_memory(sizing))
-    if plan.verdict == "does not fit":
-        found += _streaming([sizing, *reversed(smaller)])
+    if plan.verdict == "does not fit" and sizing.on_cpu is not None:
+        found += _streaming([sizing.on_cpu, *reversed(_smaller_presets(sizing.on_cpu))])
     return tuple(found)
 
 

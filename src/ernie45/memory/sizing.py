@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ernie45.memory.budget import (
     DEFAULT_CONTEXT_TOKENS,
@@ -19,7 +20,7 @@ from ernie45.memory.budget import (
 from ernie45.memory.estimate import PartBytes, WeightSites, estimate_sites, share
 from ernie45.memory.placement import DeviceMemory, Running, excess_bytes, place, token_seconds
 from ernie45.memory.plan import Verdict
-from ernie45.memory.streaming import StreamedBank, share_out, streamed_banks, usable_bytes
+from ernie45.memory.streaming import RecordedRouting, StreamedBank, share_out, streamed_banks, usable_bytes
 from ernie45.memory.workspace import (
     RUNTIME_BYTES,
     angle_bytes,
@@ -63,8 +64,9 @@ class PlanRequest:
         max_pixels: of a picture; None is the checkpoint's own limit.
         draft: what guesses tokens, None where nothing does.
         is_stored_quantised: whether `preset` is how the files are stored, so that no other can be had of them.
-        native: whether there are native kernels for the devices and for how the files are stored.
+        native: whether CPUs have native kernels, which know how the files are stored.
         can_stream: whether the model's backend can read experts while it runs.
+        routing: what routers chose, where that is known.
         notes: for the plan.
     """
 
@@ -85,6 +87,7 @@ class PlanRequest:
     is_stored_quantised: bool = False
     native: bool = False
     can_stream: bool = True
+    routing: RecordedRouting | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -108,14 +111,21 @@ class Sizing:
         )
         self.sites = sites if request.weights is None else sites.scaled_to(request.weights)
         self.disk_bytes = self.sites.total().total() + on_disk.total().total() - sites.total().total()
-        self.native = request.native and runs_natively(self.spec, preset, request.dtype)
-        self.banks = _banks(request, preset, sites, native=self.native)
+        native_on_cpu = request.native and runs_natively(self.spec, preset, request.dtype)
+        self.native = native_on_cpu and all(device.kind == "cpu" for device in request.devices)
+        self.banks = _banks(request, preset, sites, native=native_on_cpu)  # experts stream to a CPU
         self._mtp, self._draft = mtp, _draft_sizing(request)
         if self._draft is not None:
             self.sites = _with_draft(self.sites, self._draft.weight_bytes)
         self.weight_bytes: int = self.sites.total().total()
-        # Experts that stream need all else on one device, which a CPU is.
-        self.streaming_device = next((device for device in request.devices if device.kind == "cpu"), None)
+
+    @cached_property
+    def on_cpu(self) -> Sizing | None:
+        """The same on the first CPU alone: experts that stream need all else beside them. None without a CPU."""
+        cpu = next((device for device in self.request.devices if device.kind == "cpu"), None)
+        if cpu is None:
+            return None
+        return self if self.request.devices == (cpu,) else Sizing(replace(self.request, devices=(cpu,)), self.preset)
 
     def running(self, budget: Budget) -> Running:
         alone = self._alone(budget)
@@ -176,24 +186,24 @@ class Sizing:
             bytes_per_value=self.bytes_per_value,
             stored_bytes=max(bank.stored_bytes for bank in self.banks),
             is_stored_quantised=self.request.is_stored_quantised,
+            context_tokens=budget.context_tokens,
+            max_batch=budget.max_batch,
             native=self.native,
         )
         return replace(running, workspace_bytes=running.workspace_bytes + reading)
 
     def expert_slots(self, budget: Budget) -> ExpertSlots | None:
-        """How many routed experts are held beside all else on the device that they stream to; None where not even the
-        fewest that a layer works with fit, or there are none, or the disk is too small."""
-        free, device = self.request.free_disk_bytes, self.streaming_device
-        if device is None or not self.banks or not self.request.can_stream:
-            return None
-        if free is not None and free < self.disk_bytes:
+        """How many routed experts are held beside all else `on_cpu`; None where not even the fewest that a layer works
+        with fit, or there are none, or the disk is too small."""
+        free = self.request.free_disk_bytes
+        if not self.banks or not self.request.can_stream or (free is not None and free < self.disk_bytes):
             return None
         running = self.running_beside_readers(budget)
         expert_bytes = sum(sum(site.values()) for site in self.sites.experts)
         kv_bytes = running.kv_layer_bytes * self.spec.num_layers + running.draft_kv_bytes
         used_bytes = max(kv_bytes + running.workspace_bytes, running.loading_bytes) + running.runtime_bytes
-        free_bytes = usable_bytes(device.capacity_bytes) - used_bytes - (self.weight_bytes - expert_bytes)
-        counts = share_out(self.banks, free_bytes)
+        capacity_bytes = usable_bytes(self.request.devices[0].capacity_bytes)
+        counts = share_out(self.banks, capacity_bytes - used_bytes - (self.weight_bytes - expert_bytes))
         return None if counts is None else ExpertSlots(text=counts[0], vision=sum(counts[1:]))
 
     def sites_with(self, slots: ExpertSlots) -> WeightSites:
@@ -215,7 +225,7 @@ class Sizing:
     def holds(self, verdict: Verdict, budget: Budget) -> bool:
         """Whether it "fits", or "streams"."""
         if verdict == "streams":
-            return self.expert_slots(budget) is not None
+            return self.on_cpu is not None and self.on_cpu.expert_slots(budget) is not None
         running = self.running(budget)
         devices, sites = self.request.devices, self.sites
         return excess_bytes(place(sites, devices, running), sites, devices, running) == 0

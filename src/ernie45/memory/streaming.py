@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ernie45.errors import InvalidRequestError
 from ernie45.presets import INT4_GROUP, QuantPreset, Scheme, code_bytes, scale_bytes
 from ernie45.spec import ExpertSpec, ModelSpec
 
@@ -16,7 +17,8 @@ _HELD_LAYERS = 2  # whose chosen experts have room at least: of one layer while 
 _MARGIN_SHARE = 0.02  # plans were within 1 % of what was measured
 # A limit counts the whole process: 150 MiB that importing torch allocates, and the pages of libraries that are in use.
 _IMPORT_BYTES = 192 * 2**20
-_PANEL, _GROUPS_A_DWORD = 64, 4  # of kernels/panels.py: rows of a matrix, and int4's scales, are padded to these
+_PANEL, _GROUPS_A_DWORD = 64, 4  # of quantization/panels.py: rows of a matrix, and int4's scales, are padded to these
+_BLOCK_BYTES = 4096  # of a disk: the memory of an expert begins with one, and the expert as far into it as in its file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,10 +76,37 @@ def share_out(banks: Sequence[StreamedBank], num_bytes: int) -> tuple[int, ...] 
     )
 
 
-def token_read_bytes(bank: StreamedBank, num_held: int) -> int:
-    """Bytes of experts that a token reads from disk, if all are chosen equally often:
-    chosen · (1 - held / all) · bytes of one."""
-    return bank.num_chosen * (bank.num_experts - num_held) * bank.stored_bytes // bank.num_experts
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordedRouting:
+    """What the routers of a model chose for `num_tokens` text tokens: `num_chosen` of `num_experts` in each of
+    `num_layers`. `hit_rate` gives the share that decoding would have found in memory with so many experts held."""
+
+    num_tokens: int
+    num_layers: int
+    num_experts: int
+    num_chosen: int
+    hit_rate: Callable[[int], float]
+
+
+def check_routing(routing: RecordedRouting, spec: ModelSpec, model: str) -> None:
+    """Refuse what was not recorded of a model of this shape, with InvalidRequestError."""
+    bank = spec.experts
+    num_layers = 0 if bank is None else sum(map(bank.in_layer, range(spec.num_layers)))
+    if bank is None or not num_layers:
+        raise InvalidRequestError(f"routing= was given, but {model} has no routed experts", hint="leave it out")
+    recorded = (routing.num_chosen, routing.num_experts, routing.num_layers)
+    if recorded != (bank.experts_per_token, bank.num_experts, num_layers):
+        raise InvalidRequestError(
+            f"routing= is of another model: {routing.num_chosen} of {routing.num_experts} experts chosen in "
+            f"{routing.num_layers} layers, where {model} chooses {bank.experts_per_token} of {bank.num_experts} in "
+            f"{num_layers}",
+            hint="give a trace of this model, which model.trace_routing() records",
+        )
+
+
+def token_read_bytes(bank: StreamedBank, hit_rate: float) -> int:
+    """Bytes of experts that a token reads from disk: chosen · (1 - share in memory) · bytes of one."""
+    return round(bank.num_chosen * (1 - hit_rate) * bank.stored_bytes)
 
 
 def _bank(
@@ -95,11 +124,14 @@ def _bank(
         scheme = preset.scheme("routed_experts", in_features)
         held_codes = code_bytes(scheme, out_features, in_features, bytes_per_value)
         held_scales = scale_bytes(scheme, out_features, in_features)
+        panels = _panel_bytes(scheme, out_features, in_features)
         if bytes_per_stored_value is None:
-            stored += held_codes + held_scales
+            stored += sum(panels) if scheme == "int4" else held_codes + held_scales
         if native:
-            held_codes, held_scales = _panel_bytes(scheme, out_features, in_features)
+            held_codes, held_scales = panels
         codes, scales = codes + held_codes, scales + held_scales
+    if native:
+        codes += -(codes + scales) % _BLOCK_BYTES + _BLOCK_BYTES
     num_experts = num_layers * bank.num_experts
     return StreamedBank(
         num_experts=num_experts,

@@ -103,7 +103,7 @@ def facts(plan: MemoryPlan) -> Iterator[tuple[str, str]]:
         yield (
             "Experts",
             f"{_held_experts(plan)}; the others are read from disk as they are needed: "
-            f"{in_words(plan.expert_read_bytes)} for each token, if all are chosen equally often",
+            f"{in_words(plan.expert_read_bytes)} for each token, {_routing(plan)}",
         )
     if plan.longest_context_tokens or plan.largest_batch:
         yield "Limits", f"{_longest_context(plan)}; {_largest_batch(plan)}"
@@ -164,6 +164,7 @@ def plain_values(plan: MemoryPlan) -> dict[str, Any]:
         "num_experts": _counts(plan.num_experts),
         "expert_slots": _counts(plan.expert_slots),
         "expert_hit_rate": plan.expert_hit_rate,
+        "routing_tokens": plan.routing_tokens,
         "expert_read_bytes": plan.expert_read_bytes,
         "disk_bytes_per_second": plan.disk_read_rate,
         "bottleneck": plan.bottleneck,
@@ -227,6 +228,15 @@ def _held_experts(plan: MemoryPlan) -> str:
     if there.vision:
         text += f" for text and {held.vision:,} of {there.vision:,} for pictures"
     return f"{text} in memory, {(held.text + held.vision) / (there.text + there.vision):.0%}".replace("%", " %")
+
+
+def _routing(plan: MemoryPlan) -> str:
+    """What a token's reads follow from."""
+    if plan.routing_tokens is None:
+        return "if all are chosen equally often"
+    assert plan.expert_hit_rate is not None
+    found = f"{plan.expert_hit_rate:.0%}".replace("%", " %")
+    return f"if {found} of its experts are in memory, as in a routing trace of {plan.routing_tokens:,} tokens"
 
 
 def _longest_context(plan: MemoryPlan) -> str:

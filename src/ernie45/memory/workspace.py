@@ -23,7 +23,7 @@ SCORED_ROWS = 8
 MAX_STEP_GUESSES = 16
 """Most guessed tokens that a step checks beside the one of each running row, over all rows."""
 
-NUM_EXPERT_READERS = 3
+NUM_EXPERT_READERS = 2
 """Threads that read experts from disk; each has a buffer of its own."""
 
 RUNTIME_BYTES = 30 * 2**20
@@ -141,22 +141,29 @@ def reading_bytes(
     bytes_per_value: int,
     stored_bytes: int,
     is_stored_quantised: bool,
+    context_tokens: int,
+    max_batch: int,
     native: bool = False,
 ) -> int:
     """Most bytes that reading experts from disk needs while running, of which one has `stored_bytes` in the files.
 
-    Each reader has these in a buffer. What is not put straight into its place needs another for the widest matrix, and
-    what is rounded on the way less than in `loading_bytes`: a reader rounds without torch's threads.
+    Experts are added up once all have arrived: a step of n tokens keeps the outputs of K of them and of the shared MLP,
+    n · (K + 1) · h in float32. Each reader has what it reads in a buffer, unless that goes straight to its place, as
+    int4 of packed folders does with `native` kernels. What must be put into another order needs one for the widest
+    matrix, too, and what is rounded on the way less than in `loading_bytes`: a reader rounds without torch's threads.
     """
-    assert spec.experts is not None
-    width = max(spec.experts.intermediate_size, 0 if spec.vision is None else spec.vision.experts.intermediate_size)
-    widest = 2 * width * spec.hidden_size
+    banks = [bank for bank in (spec.experts, None if spec.vision is None else spec.vision.experts) if bank is not None]
+    num_tokens = max(min(PREFILL_CHUNK_TOKENS, context_tokens), max_batch)
+    outputs = num_tokens * (max(bank.experts_per_token for bank in banks) + 1) * spec.hidden_size * _FLOAT
+    if is_stored_quantised and native and preset.experts == "int4":
+        return outputs
+    widest = 2 * max(bank.intermediate_size for bank in banks) * spec.hidden_size
     staged = 0
     if not is_stored_quantised and (preset.experts is not None or not native):
         staged += widest * bytes_per_value
     if not is_stored_quantised and preset.experts is not None:
         staged += _ROUNDING_ALONE_BYTES + (widest // 2 if native and preset.experts == "int4" else 0)
-    return NUM_EXPERT_READERS * (stored_bytes + staged)
+    return outputs + NUM_EXPERT_READERS * (stored_bytes + staged)
 
 
 def _rounding_bytes(preset: QuantPreset) -> int:

@@ -262,9 +262,14 @@ int e45_route(const E45Norm *norm, const E45Router *router, const void *x, int64
     LOCKED(route(norm, router, x, n, dtype, chosen, shares));
 }
 
-int e45_experts(const E45Norm *norm, const E45Mlp *const *experts, const E45Range *range, const E45Mlp *shared,
+int e45_experts(const E45Norm *norm, const E45Mlp *const *experts, const E45Part *part, const E45Mlp *shared,
                 const int64_t *chosen, const float *shares, int64_t num_chosen, void *x, int64_t n, int64_t dtype) {
-    LOCKED(experts(norm, experts, range, shared, chosen, shares, num_chosen, x, n, dtype));
+    LOCKED(experts(norm, experts, part, shared, chosen, shares, num_chosen, x, n, dtype));
+}
+
+int e45_add_outputs(const float *outputs, int64_t has_shared, const int64_t *chosen, const float *shares,
+                    int64_t num_chosen, void *x, int64_t n, int64_t width, int64_t dtype) {
+    LOCKED(add_outputs(outputs, has_shared, chosen, shares, num_chosen, x, n, width, dtype));
 }
 
 int e45_layers(const E45Layer *list, const E45KV *kv, int64_t n, const E45Batch *batch, void *x, int64_t dtype) {

@@ -7,7 +7,7 @@
 #pragma once
 #include <stdint.h>
 
-#define E45_VERSION 3
+#define E45_VERSION 4
 #define E45_PANEL 64 /* outputs whose weights lie side by side */
 #define E45_GROUP 32 /* columns that share a scale in int4 */
 #define E45_RUN 4    /* groups whose scales are one dword */
@@ -75,13 +75,14 @@ typedef struct {
     float norm_min;
 } E45Router;
 
-/* The experts numbered `from` to `to` - 1, of which -1 is the shared MLP, where not all are in memory at once: calls for
- * one range after the other, which together are all from -1 on, give the bits of one call for all. `sums` [N, h] is kept
- * between them, and may be NULL in that one. x is changed in the last. */
+/* The experts that a call is for: all of them, `numbers` and `outputs` being NULL, or some, where not all are in memory
+ * at once. What these and the shared MLP give is then kept in `outputs` [N · K + N][h], in the order of the choices and
+ * then of the tokens, until all are there to be added up. */
 typedef struct {
-    int64_t from, to, num_experts;
-    float *sums;
-} E45Range;
+    const int64_t *numbers; /* [count], or NULL for 0 to count - 1 */
+    int64_t count;
+    float *outputs;
+} E45Part;
 
 /* A layer: attention, then experts or a dense MLP. */
 typedef struct {
@@ -126,10 +127,13 @@ E45_API int e45_mlp(const E45Norm *, const E45Mlp *, void *x, int64_t num_tokens
 E45_API int e45_route(const E45Norm *, const E45Router *, const void *x, int64_t num_tokens, int64_t dtype,
                       int64_t *chosen, float *shares);
 /* x += sum of shares · experts[chosen](norm(x)) + shared(norm(x)); `shared` may be NULL. Of the table [E] only chosen
- * experts of the range are read, of which there must be one. */
-E45_API int e45_experts(const E45Norm *, const E45Mlp *const *experts, const E45Range *, const E45Mlp *shared,
+ * experts of the part are read. With its `outputs` x is not changed. */
+E45_API int e45_experts(const E45Norm *, const E45Mlp *const *experts, const E45Part *, const E45Mlp *shared,
                         const int64_t *chosen, const float *shares, int64_t num_chosen, void *x, int64_t num_tokens,
                         int64_t dtype);
+/* The same sum, of the outputs of all chosen experts, and of a shared MLP if `has_shared`: with the same bits. */
+E45_API int e45_add_outputs(const float *outputs, int64_t has_shared, const int64_t *chosen, const float *shares,
+                            int64_t num_chosen, void *x, int64_t num_tokens, int64_t width, int64_t dtype);
 /* `num_layers` layers one after the other: x += attention(norm(x)), x += mlp(norm(x)); `kv` has one for each. */
 E45_API int e45_layers(const E45Layer *, const E45KV *kv, int64_t num_layers, const E45Batch *, void *x, int64_t dtype);
 /* logits float32 [N, V] of norm(x) */

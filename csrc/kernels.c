@@ -118,7 +118,7 @@ static int layers(const E45Layer *list, const E45KV *kv, int64_t num_layers, con
         if (failed) break;
         if (router) {
             failed = route(&layer->norm, router, x, n, dtype, chosen, shares);
-            const E45Range all = {-1, router->num_experts, router->num_experts, NULL};
+            const E45Part all = {.count = router->num_experts};
             if (!failed)
                 failed = experts(&layer->norm, layer->experts, &all, layer->shared, chosen, shares, router->num_chosen,
                                  x, n, dtype);
@@ -169,5 +169,5 @@ static int lookup(const E45Matrix *m, const int64_t *ids, int64_t num_tokens, vo
 #define TEXT(a) TEXT2(a)
 
 const Variant JOIN(variant_, E45_ISA) = {
-    TEXT(E45_ISA), linear, lookup, attention, mlp, route, experts, layers, head,
+    TEXT(E45_ISA), linear, lookup, attention, mlp, route, experts, add_outputs, layers, head,
 };

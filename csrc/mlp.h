@@ -12,11 +12,11 @@ typedef struct {
     int64_t num_uses, num_rows, num_tokens, width, dtype;
     Use *uses;
     int64_t *tokens; /* [rows]: which token a row is of */
+    int64_t *places; /* [rows]: of its output */
     float *shares;   /* [rows] */
     float **wide;    /* [rows]: where silu(gate) · up of a row is */
     void *x;
-    float *sums;         /* [tokens][width], of the experts in calls before, or NULL */
-    int64_t begins, ends; /* whether nothing was summed before, and whether this is all */
+    float *outputs; /* [places][width], or NULL: they are added to x */
     int64_t *starts; /* [uses + 1]: the first task of a use */
     int64_t gate_run, down_run, down_rows; /* panels of a task, and rows of one that adds up */
 } Mlps;
@@ -70,15 +70,12 @@ static void prepare_wide(void *context, int64_t row) {
     put_row(&use->wide_in, row - use->first, mlps->wide[row]);
 }
 
-static float *kept_sums(const Mlps *mlps, int64_t panel, int64_t token) {
-    return mlps->sums + token * mlps->width + panel * E45_PANEL;
+static void add_share(float share, const float *out, int64_t width, float *sum) {
+    const vf factor = vf_set1(share);
+    for (int64_t n = 0; n < width; n += VW) vf_store(sum + n, vf_fma(factor, vf_load(out + n), vf_load(sum + n)));
 }
 
-static size_t panel_bytes(const Mlps *mlps, int64_t panel) {
-    return (size_t)smaller(mlps->width - panel * E45_PANEL, E45_PANEL) * sizeof(float);
-}
-
-/* Some panels of the outputs, summed over the MLPs in their order and added to x, or kept: each token's by one task. */
+/* Some panels of the outputs, kept, or summed over the MLPs in their order and added to x: each token's by one task. */
 static void down_panels(void *context, int64_t index) {
     const Mlps *mlps = context;
     const int64_t rows = mlps->down_rows, blocks = (mlps->num_tokens + rows - 1) / rows;
@@ -87,10 +84,6 @@ static void down_panels(void *context, int64_t index) {
     const int64_t end_panel = smaller(first_panel + mlps->down_run, num_panels);
     float sums[ROW_BLOCK][E45_PANEL], out[ROW_BLOCK][E45_PANEL];
     memset(sums, 0, sizeof sums);
-    for (int64_t panel = first_panel; panel < end_panel && !mlps->begins; panel++)
-        for (int64_t token = first; token < smaller(end, mlps->num_tokens); token++)
-            memcpy(sums[(panel - first_panel) * rows + token - first], kept_sums(mlps, panel, token),
-                   panel_bytes(mlps, panel));
     for (int64_t u = 0; u < mlps->num_uses; u++) {
         const Use *use = &mlps->uses[u];
         const int64_t *tokens = mlps->tokens + use->first;
@@ -98,28 +91,29 @@ static void down_panels(void *context, int64_t index) {
         while (from < use->count && tokens[from] < first) from++;
         for (to = from; to < use->count && tokens[to] < end;) to++;
         for (int64_t panel = first_panel; panel < end_panel; panel++) {
+            const int64_t place = panel * E45_PANEL, width = smaller(mlps->width - place, E45_PANEL);
             multiply(&use->mlp->down, panel, &use->wide_in, NULL, from, to - from, out);
             for (int64_t i = from; i < to; i++) {
+                const int64_t row = use->first + i;
                 add_bias(&use->mlp->down, panel, out[i - from]);
-                const vf share = vf_set1(mlps->shares[use->first + i]);
-                float *sum = sums[(panel - first_panel) * rows + tokens[i] - first];
-                for (int n = 0; n < E45_PANEL; n += VW)
-                    vf_store(sum + n, vf_fma(share, vf_load(out[i - from] + n), vf_load(sum + n)));
+                if (mlps->outputs)
+                    memcpy(mlps->outputs + mlps->places[row] * mlps->width + place, out[i - from], (size_t)width * 4);
+                else
+                    add_share(mlps->shares[row], out[i - from], E45_PANEL,
+                              sums[(panel - first_panel) * rows + tokens[i] - first]);
             }
         }
     }
-    for (int64_t panel = first_panel; panel < end_panel; panel++) {
+    for (int64_t panel = first_panel; panel < end_panel && !mlps->outputs; panel++) {
         const int64_t place = panel * E45_PANEL, width = smaller(mlps->width - place, E45_PANEL);
-        for (int64_t token = first; token < smaller(end, mlps->num_tokens); token++) {
-            const float *sum = sums[(panel - first_panel) * rows + token - first];
-            if (mlps->ends) write_part(mlps->x, mlps->dtype, token * mlps->width + place, width, sum, 1);
-            else memcpy(kept_sums(mlps, panel, token), sum, panel_bytes(mlps, panel));
-        }
+        for (int64_t token = first; token < smaller(end, mlps->num_tokens); token++)
+            write_part(mlps->x, mlps->dtype, token * mlps->width + place, width,
+                       sums[(panel - first_panel) * rows + token - first], 1);
     }
 }
 
 /* The rows of each MLP, in the order of tokens; the shared one comes first. */
-static void assign_rows(Mlps *mlps, const E45Mlp *const *experts, const E45Range *range, const E45Mlp *shared,
+static void assign_rows(Mlps *mlps, const E45Mlp *const *experts, const E45Part *part, const E45Mlp *shared,
                         const int64_t *chosen, const float *shares, int64_t num_chosen) {
     int64_t row = 0;
     mlps->num_uses = 0;
@@ -127,14 +121,16 @@ static void assign_rows(Mlps *mlps, const E45Mlp *const *experts, const E45Range
         mlps->uses[mlps->num_uses++] = (Use){.mlp = shared, .first = row, .count = mlps->num_tokens};
         for (; row < mlps->num_tokens; row++) {
             mlps->tokens[row] = row;
+            mlps->places[row] = mlps->num_tokens * num_chosen + row;
             mlps->shares[row] = 1;
         }
     }
-    for (int64_t expert = mlps->begins ? 0 : range->from; expert < range->to; expert++) {
-        int64_t first = row;
+    for (int64_t n = 0; n < part->count; n++) {
+        const int64_t expert = part->numbers ? part->numbers[n] : n, first = row;
         for (int64_t i = 0; i < mlps->num_tokens * num_chosen; i++) {
             if (chosen[i] != expert) continue;
             mlps->tokens[row] = i / num_chosen;
+            mlps->places[row] = i;
             mlps->shares[row++] = shares[i];
         }
         if (row > first) mlps->uses[mlps->num_uses++] = (Use){.mlp = experts[expert], .first = first, .count = row - first};
@@ -185,25 +181,24 @@ static void run_mlps(const E45Norm *norm, Mlps *mlps, Inputs forms[3]) {
     pool_run(down_panels, mlps, (num_panels + mlps->down_run - 1) / mlps->down_run * blocks);
 }
 
-static int experts(const E45Norm *norm, const E45Mlp *const *table, const E45Range *range, const E45Mlp *shared,
+static int experts(const E45Norm *norm, const E45Mlp *const *table, const E45Part *part, const E45Mlp *shared,
                    const int64_t *chosen, const float *shares, int64_t num_chosen, void *x, int64_t num_tokens,
                    int64_t dtype) {
-    Mlps mlps = {.num_tokens = num_tokens, .x = x, .dtype = dtype, .sums = range->sums};
+    Mlps mlps = {.num_tokens = num_tokens, .x = x, .dtype = dtype, .outputs = part->outputs};
     Inputs forms[3];
     if (!num_tokens) return 0;
-    mlps.begins = range->from < 0, mlps.ends = range->to == range->num_experts;
-    if (!mlps.begins) shared = NULL;
     const int64_t most_rows = num_tokens * (num_chosen + (shared != NULL));
-    const int64_t most_uses = smaller(range->to - range->from, num_tokens * num_chosen + 1);
+    const int64_t most_uses = smaller(part->count, num_tokens * num_chosen) + 1;
     /* The lists lie on the heap: what the workspace needs is known once they are made. */
-    char *lists = malloc((size_t)(most_uses * (int64_t)(sizeof(Use) + 8) + most_rows * 20 + 64));
+    char *lists = malloc((size_t)(most_uses * (int64_t)(sizeof(Use) + 8) + most_rows * 28 + 64));
     if (!lists) return -1;
     mlps.uses = (Use *)lists;
     mlps.starts = (int64_t *)(mlps.uses + most_uses);
     mlps.tokens = mlps.starts + most_uses + 1;
-    mlps.wide = (float **)(mlps.tokens + most_rows);
+    mlps.places = mlps.tokens + most_rows;
+    mlps.wide = (float **)(mlps.places + most_rows);
     mlps.shares = (float *)(mlps.wide + most_rows);
-    assign_rows(&mlps, table, range, shared, chosen, shares, num_chosen);
+    assign_rows(&mlps, table, part, shared, chosen, shares, num_chosen);
     mlps.width = mlps.uses[0].mlp->down.out_features;
     int failed = -1;
     Room room = {0};
@@ -219,6 +214,37 @@ static int experts(const E45Norm *norm, const E45Mlp *const *table, const E45Ran
 }
 
 static int mlp(const E45Norm *norm, const E45Mlp *only, void *x, int64_t num_tokens, int64_t dtype) {
-    const E45Range all = {.from = -1};
-    return experts(norm, NULL, &all, only, NULL, NULL, 0, x, num_tokens, dtype);
+    const E45Part none = {0};
+    return experts(norm, NULL, &none, only, NULL, NULL, 0, x, num_tokens, dtype);
+}
+
+typedef struct {
+    const float *outputs, *shares;
+    const int64_t *chosen;
+    int64_t has_shared, num_chosen, num_tokens, width, dtype;
+    void *x;
+} Adding;
+
+/* What was kept of a token, in the order of `down_panels`. */
+static void add_row(void *context, int64_t token) {
+    const Adding *a = context;
+    const int64_t *chosen = a->chosen + token * a->num_chosen;
+    float sum[a->width];
+    memset(sum, 0, sizeof sum);
+    if (a->has_shared)
+        add_share(1, a->outputs + (a->num_tokens * a->num_chosen + token) * a->width, a->width, sum);
+    for (int64_t last = -1, next = -1, n = 0; n < a->num_chosen; n++, last = chosen[next], next = -1) {
+        for (int64_t k = 0; k < a->num_chosen; k++)
+            if (chosen[k] > last && (next < 0 || chosen[k] < chosen[next])) next = k;
+        const int64_t place = token * a->num_chosen + next;
+        add_share(a->shares[place], a->outputs + place * a->width, a->width, sum);
+    }
+    write_part(a->x, a->dtype, token * a->width, a->width, sum, 1);
+}
+
+static int add_outputs(const float *outputs, int64_t has_shared, const int64_t *chosen, const float *shares,
+                       int64_t num_chosen, void *x, int64_t num_tokens, int64_t width, int64_t dtype) {
+    Adding adding = {outputs, shares, chosen, has_shared, num_chosen, num_tokens, width, dtype, x};
+    pool_run(add_row, &adding, num_tokens);
+    return 0;
 }

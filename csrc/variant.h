@@ -9,8 +9,9 @@ typedef struct {
     int (*attention)(const E45Attention *, const E45Batch *, const E45KV *, void *, int64_t);
     int (*mlp)(const E45Norm *, const E45Mlp *, void *, int64_t, int64_t);
     int (*route)(const E45Norm *, const E45Router *, const void *, int64_t, int64_t, int64_t *, float *);
-    int (*experts)(const E45Norm *, const E45Mlp *const *, const E45Range *, const E45Mlp *, const int64_t *, const float *,
+    int (*experts)(const E45Norm *, const E45Mlp *const *, const E45Part *, const E45Mlp *, const int64_t *, const float *,
                    int64_t, void *, int64_t, int64_t);
+    int (*add_outputs)(const float *, int64_t, const int64_t *, const float *, int64_t, void *, int64_t, int64_t, int64_t);
     int (*layers)(const E45Layer *, const E45KV *, int64_t, const E45Batch *, void *, int64_t);
     int (*head)(const E45Norm *, const E45Matrix *, const void *, int64_t, int64_t, float *);
 } Variant;

@@ -20,6 +20,7 @@ from ernie45.checkpoint.headers import read_json
 from ernie45.errors import ErnieError, UnsupportedError
 from ernie45.presets import PRESETS, QuantPreset
 from ernie45.saving import save_checkpoint
+from tests.packed_files import as_version_1
 from tests.paddle_files import CONFIG, EXPERTS, Array, FileLayout, FloatDtype, random_pt, write_checkpoint
 
 DENSE = {**CONFIG, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
@@ -61,6 +62,25 @@ def test_reloading_gives_the_logits_of_quantising(
         folder = tmp_path / preset.name
         save_checkpoint(source, folder, preset, progress=False)
         assert torch.equal(logits(folder, "auto"), logits(source, preset))
+
+
+@pytest.mark.usefixtures("without_library")
+@pytest.mark.parametrize("case", ["dense", "experts"])
+def test_so_it_does_without_native_kernels(tmp_path: Path, case: str) -> None:
+    config, layout, extra = CASES[case]
+    source = write_checkpoint(tmp_path / "source", random_pt(config, **extra), config, layout=layout, dtype="BF16")
+    save_checkpoint(source, tmp_path / "out", PRESETS["int4"], progress=False)
+    assert torch.equal(logits(tmp_path / "out", "auto"), logits(source, "int4"))
+
+
+@pytest.mark.parametrize("case", ["dense", "rows that do not divide", "experts with biases", "a head of its own"])
+def test_a_folder_of_version_1_gives_the_same_logits(tmp_path: Path, case: str) -> None:
+    config, layout, extra = CASES[case]
+    source = write_checkpoint(tmp_path / "source", random_pt(config, **extra), config, layout=layout, dtype="BF16")
+    save_checkpoint(source, tmp_path / "out", PRESETS["int4"], progress=False)
+    old = as_version_1(tmp_path / "out", tmp_path / "old")
+    assert not [name for name in load_file(old / "model.safetensors") if name.endswith(".panels")]
+    assert torch.equal(logits(old, "auto"), logits(tmp_path / "out", "auto"))
 
 
 @pytest.mark.parametrize("name", ["ernie45/tiny-dense", "ernie45/tiny-moe", "ernie45/tiny-vl"])
@@ -138,7 +158,7 @@ def test_a_reloaded_model_holds_the_bytes_of_the_preset(tmp_path: Path) -> None:
         with ErnieModel.from_pretrained(path, quantization=quantization, device="cpu", progress=False) as model:
             reports.append(model.load_report)
     assert reports[0].weight_bytes == reports[1].weight_bytes
-    assert "model.layers.1.mlp.experts.0.gate_up_proj.codes" in {tensor.key for tensor in reports[1].read}
+    assert "model.layers.1.mlp.experts.0.gate_up_proj.panels" in {tensor.key for tensor in reports[1].read}
 
 
 def test_a_packed_folder_is_not_packed_otherwise(tmp_path: Path) -> None:

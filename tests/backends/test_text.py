@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
@@ -204,6 +205,30 @@ def test_experts_are_summed_by_the_shares_of_the_router() -> None:
          for row, es, ss in zip(x, chosen, shares, strict=True)]
     )  # fmt: skip
     torch.testing.assert_close(bank(x), expected)
+
+
+class ArrivingTable:
+    """Its experts come in some order, some at once."""
+
+    def __init__(self, experts: Sequence[DenseMLP], seed: int) -> None:
+        self.experts, self.draw = experts, Random(seed)
+
+    def groups(self, numbers: Sequence[int]) -> Generator[Sequence[tuple[int, DenseMLP]], None, None]:
+        waiting = self.draw.sample(numbers, len(numbers))
+        while waiting:
+            size = self.draw.randint(1, 3)
+            yield [(number, self.experts[number]) for number in waiting[:size]]
+            waiting = waiting[size:]
+
+
+def test_the_order_in_which_experts_come_does_not_show() -> None:
+    bank = random_experts(12)
+    bank = replace(bank, router=replace(bank.router, experts_per_token=5))
+    assert isinstance(bank.experts, CountingTable)
+    x = torch.randn(9, 24, generator=torch.Generator().manual_seed(4))
+    expected = bank(x)
+    for seed in range(10):
+        assert torch.equal(replace(bank, experts=ArrivingTable(bank.experts.experts, seed))(x), expected)
 
 
 def test_the_correction_moves_the_choice_and_not_the_shares() -> None:

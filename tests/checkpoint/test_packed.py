@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ernie45.checkpoint.headers import read_headers, read_json
-from ernie45.checkpoint.open import Checkpoint, open_checkpoint, open_source, open_survey, read_config
+from ernie45.checkpoint.open import open_source, open_survey, read_config
 from ernie45.checkpoint.packed import PackedCheckpointSource, packed_name
 from ernie45.checkpoint.read import PackedSource
 from ernie45.errors import ConfigError, CorruptFileError, ErnieError, TensorError, UnsupportedError
 from ernie45.presets import PRESETS, QuantPreset
-from ernie45.quantization.packed import PackedInt4, PackedInt8, num_bytes
+from ernie45.quantization.packed import PackedInt8
+from ernie45.quantization.panels import PanelInt4, StoredMatrix
 from ernie45.saving import save_checkpoint
-from ernie45.spec import parse_spec
+from tests.packed_files import change_tensors, opened, source_of
 from tests.paddle_files import CONFIG, random_pt, write_checkpoint
 
 WIDE = {**CONFIG, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "tie_word_embeddings": False}
@@ -35,26 +37,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "packed"
 
 
-def opened(folder: Path) -> Checkpoint:
-    config = read_config(folder)
-    return open_checkpoint(folder, config, parse_spec(config))
-
-
-def source_of(folder: Path, **options: Any) -> PackedCheckpointSource:
-    source = open_source(opened(folder), **options)
-    assert isinstance(source, PackedCheckpointSource)
-    return source
-
-
-def change(folder: Path, **tensors: torch.Tensor | None) -> None:
+def change(folder: Path, tensors: Mapping[str, torch.Tensor | None]) -> None:
     """Replace tensors of the matrix QKV_NAME by the ends of their names, or take them away."""
-    path = folder / "model.safetensors"
-    stored = load_file(path)
-    for leaf, tensor in tensors.items():
-        del stored[f"{QKV_NAME}.{leaf}"]
-        if tensor is not None:
-            stored[f"{QKV_NAME}.{leaf}"] = tensor
-    save_file(stored, path)
+    change_tensors(folder, {f"{QKV_NAME}.{leaf}": tensor for leaf, tensor in tensors.items()})
 
 
 def test_a_source_is_packed_where_config_says_so(folder: Path, tmp_path: Path) -> None:
@@ -71,17 +56,30 @@ def test_matrices_come_as_they_are_stored(folder: Path) -> None:
     pieces = source.read_packed(QKV, 64, CPU)
     assert pieces is not None
     (packed,) = pieces
-    assert isinstance(packed, PackedInt4)
-    assert set(packed.tensors()) == {"codes", "scales", "row_scales"}
+    assert isinstance(packed, PanelInt4)
+    assert (packed.out_features, packed.in_features) == (128, 64)
     for leaf, tensor in packed.tensors().items():
         assert torch.equal(tensor, stored[f"{QKV_NAME}.{leaf}"])
-    assert advanced == [num_bytes(packed)]
+    assert advanced == [stored_bytes(packed)]
     head = source.read_packed({"lm_head": 50}, 64, CPU)
     assert head is not None
     assert isinstance(head[0], PackedInt8)
     norm = torch.empty(64)
     source.read_into(norm, {"model.norm.weight": 64})
     assert torch.equal(norm, stored["model.norm.weight"].float())
+
+
+def stored_bytes(matrix: StoredMatrix) -> int:
+    return sum(tensor.nbytes for tensor in matrix.tensors().values())
+
+
+def test_rows_that_fill_no_panel_are_left_out(folder: Path) -> None:
+    gate_up = {f"model.layers.1.mlp.{name}_proj": 96 for name in ("gate", "up")}
+    pieces = source_of(folder).read_packed({"model.layers.1.mlp.down_proj": 64}, 96, CPU)
+    joined = source_of(folder).read_packed(gate_up, 64, CPU)
+    assert pieces is not None
+    assert joined is not None
+    assert [(piece.out_features, piece.in_features) for piece in (*pieces, *joined)] == [(64, 96), (192, 64)]
 
 
 def test_an_output_head_of_its_own_is_there_though_packed(folder: Path) -> None:
@@ -103,12 +101,13 @@ def test_matrices_are_mapped_and_their_pages_given_back(tmp_path: Path) -> None:
         gate_up = {f"model.layers.0.mlp.{part}_proj": 4096 for part in ("gate", "up")}
         matrix = packed_source.read_packed(gate_up, 1024, CPU)
         assert matrix is not None
-        codes = matrix[0].codes.clone()
-        assert _mapped_bytes(folder) >= matrix[0].codes.nbytes
+        codes = next(iter(matrix[0].tensors().values()))
+        before = codes.clone()
+        assert _mapped_bytes(folder) >= codes.nbytes
         packed_source.read_packed({"model.layers.0.self_attn.o_proj": 1024}, 64, CPU)
-        assert _mapped_bytes(folder) < 0.3 * num_bytes(matrix[0])
+        assert _mapped_bytes(folder) < 0.3 * stored_bytes(matrix[0])
         # Given back is not taken away: the values are still those of the file.
-        assert torch.equal(matrix[0].codes, codes)
+        assert torch.equal(codes, before)
 
 
 def _mapped_bytes(folder: Path) -> int:
@@ -128,31 +127,25 @@ def test_a_survey_counts_and_leaves_nothing_over(folder: Path) -> None:
     assert isinstance(source, PackedCheckpointSource)
     pieces = source.read_packed(QKV, 64, META)
     assert pieces is not None
-    assert pieces[0].codes.device.type == "meta"
-    assert survey.read_bytes == num_bytes(pieces[0])
-    assert f"{QKV_NAME}.codes" not in survey.unread()
+    assert {tensor.device.type for tensor in pieces[0].tensors().values()} == {"meta"}
+    assert survey.read_bytes == stored_bytes(pieces[0])
+    assert f"{QKV_NAME}.panels" not in survey.unread()
     with pytest.raises(TensorError, match=r"'lm_head\.codes' that a model of this config has no place for"):
         checkpoint.account_for(["lm_head.codes"])
 
 
 DAMAGES: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
-    "no codes": ({"codes": None}, r"no tensor '.*qkv_proj\.codes', but by config\.json it is packed as 'int4'"),
-    "no scales": ({"scales": None}, r"no tensor '.*qkv_proj\.scales'"),
+    "no panels": ({"panels": None}, r"no matrix '.*qkv_proj', but by config\.json it is packed as 'int4'"),
     "no row scales": ({"row_scales": None}, r"no tensor '.*qkv_proj\.row_scales'"),
     "other rows": (
-        {"codes": torch.zeros(64, 32, dtype=torch.uint8)},
-        r"qkv_proj\.codes' is stored as U8 \[64, 32\], but the model needs U8 \[128, 32\]",
+        {"panels": torch.zeros(1, 9, 64, 4, dtype=torch.uint8)},
+        r"qkv_proj\.panels' is stored as U8 \[1, 9, 64, 4\], but the model needs U8 \[2, 9, 64, 4\]",
     ),
-    "other dtype": ({"row_scales": torch.zeros(128, dtype=torch.float64)}, "stored as F64 .* needs F32"),
-    "8 bits of another width": (
-        {"codes": torch.zeros(128, 32, dtype=torch.int8)},
-        r"stored as I8 \[128, 32\], but the model needs I8 \[128, 64\]",
-    ),
-    "groups that do not divide": (
-        {"scales": torch.zeros(128, 3, dtype=torch.int8)},
-        "I8 with 3 groups in a row, which 64 inputs do not divide into",
-    ),
-    "scales of another kind": ({"scales": torch.zeros(128, 2, dtype=torch.int32)}, "is I32 with 2 groups"),
+    "other columns": ({"panels": torch.zeros(2, 13, 64, 4, dtype=torch.uint8)}, r"needs U8 \[2, 9, 64, 4\]"),
+    "panels as one row": ({"panels": torch.zeros(2 * 9 * 64 * 4, dtype=torch.uint8)}, r"U8 \[4608\], but"),
+    "another dtype": ({"panels": torch.zeros(2, 9, 64, 4, dtype=torch.int8)}, r"stored as I8 .* needs U8 \[2, 9, 64"),
+    "row scales of fewer rows": ({"row_scales": torch.zeros(100)}, r"stored as F32 \[100\], .* needs F32 \[128\]"),
+    "row scales in float64": ({"row_scales": torch.zeros(128, dtype=torch.float64)}, "stored as F64 .* needs F32"),
 }
 
 
@@ -161,7 +154,7 @@ DAMAGES: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
 def test_what_does_not_fit_is_named(
     folder: Path, tensors: dict[str, torch.Tensor | None], message: str, device: torch.device
 ) -> None:
-    change(folder, **tensors)
+    change(folder, tensors)
     checkpoint = opened(folder)
     source = open_survey(checkpoint)[0] if device == META else open_source(checkpoint)
     assert isinstance(source, PackedSource)
@@ -169,61 +162,39 @@ def test_what_does_not_fit_is_named(
         source.read_packed(QKV, 64, device)
 
 
-VALUES: dict[str, tuple[dict[str, torch.Tensor], str]] = {
-    "a group's scale": ({"scales": torch.full((128, 2), -128, dtype=torch.int8)}, r"\.scales' holds -128"),
-    "a row's scale": ({"row_scales": torch.full((128,), torch.nan)}, r"row_scales' holds 128 values that are not fin"),
-    "scales without rows'": (
-        {"scales": torch.full((128, 2), torch.inf, dtype=torch.float16)},
-        r"\.scales' holds 256 values that are not finite",
-    ),
-    "8-bit codes": ({"codes": torch.full((128, 64), -128, dtype=torch.int8)}, r"codes' holds -128"),
-}
-
-
-@pytest.mark.parametrize(("tensors", "message"), VALUES.values(), ids=VALUES)
-def test_values_that_the_format_has_not_are_refused(
-    folder: Path, tensors: dict[str, torch.Tensor], message: str
-) -> None:
-    if tensors.get("codes") is not None:
-        tensors = {**tensors, "scales": torch.zeros(128)}
-    change(folder, **tensors)
-    with pytest.raises(TensorError, match=message):
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+def test_row_scales_that_are_not_finite_are_refused(folder: Path, wrong: float) -> None:
+    row_scales = torch.ones(128)
+    row_scales[77] = wrong
+    change(folder, {"row_scales": row_scales})
+    with pytest.raises(TensorError, match=r"qkv_proj\.row_scales' holds 1 values that are not finite"):
         source_of(folder).read_packed(QKV, 64, CPU)
 
 
-def test_an_order_of_inputs_must_name_each_once(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    stored = load_file(path)
-    order = torch.arange(64, dtype=torch.int32).flip(0)
-    save_file({**stored, f"{QKV_NAME}.input_order": order}, path)
-    pieces = source_of(folder).read_packed(QKV, 64, CPU)
-    assert pieces is not None
-    assert isinstance(pieces[0], PackedInt4)
-    assert pieces[0].input_order is not None
-    order[0] = 10**6
-    save_file({**stored, f"{QKV_NAME}.input_order": order}, path)
-    with pytest.raises(TensorError, match=r"input_order' holds something else than each number below 64 once"):
-        source_of(folder).read_packed(QKV, 64, CPU)
+def test_what_a_matrix_has_twice_is_left_over(folder: Path) -> None:
+    change(folder, {"codes": torch.zeros(128, 32, dtype=torch.uint8)})
+    checkpoint = opened(folder)
+    source, survey = open_survey(checkpoint)
+    assert isinstance(source, PackedSource)
+    source.read_packed(QKV, 64, META)
+    assert f"{QKV_NAME}.codes" in survey.unread()
 
 
-def test_matrices_that_could_not_be_joined_are_stored_apart(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    stored = load_file(path)
-    joined = {leaf: stored.pop(f"{QKV_NAME}.{leaf}") for leaf in ("codes", "scales", "row_scales")}
-    for leaf, tensor in joined.items():
-        for name, rows in zip(QKV, tensor.split(list(QKV.values())), strict=True):
-            stored[f"{name}.{leaf}"] = rows.contiguous()
-    save_file(stored, path)
-    pieces = source_of(folder).read_packed(QKV, 64, CPU)
-    assert pieces is not None
-    assert [piece.out_features for piece in pieces] == [64, 32, 32]
+@pytest.mark.parametrize("name", ["lm_head", "model.embed_tokens"])
+def test_what_is_looked_up_by_row_is_never_in_panels(folder: Path, name: str) -> None:
+    panels = {f"{name}.panels": torch.zeros(1, 9, 64, 4, dtype=torch.uint8), f"{name}.row_scales": torch.zeros(64)}
+    change_tensors(folder, {**panels, f"{name}.codes": None, f"{name}.scales": None})
+    with pytest.raises(TensorError, match=rf"no tensor '{name}\.codes'"):
+        source_of(folder).read_packed({name: 50}, 64, CPU)
+
+
+def test_columns_that_are_no_whole_groups_are_never_in_panels(folder: Path) -> None:
+    with pytest.raises(TensorError, match=r"no tensor '.*qkv_proj\.codes'"):
+        source_of(folder).read_packed(QKV, 68, CPU)
 
 
 def test_the_embedding_is_never_of_4_bits(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    stored = load_file(path)
-    stored["lm_head.codes"] = torch.zeros(50, 32, dtype=torch.uint8)
-    save_file(stored, path)
+    change_tensors(folder, {"lm_head.codes": torch.zeros(50, 32, dtype=torch.uint8)})
     with pytest.raises(TensorError, match=r"lm_head\.codes' is stored as U8 \[50, 32\], but the model needs I8"):
         source_of(folder).read_packed({"lm_head": 50}, 64, CPU)
 
@@ -231,7 +202,7 @@ def test_the_embedding_is_never_of_4_bits(folder: Path) -> None:
 def test_a_file_that_shrank_after_its_header_was_read(folder: Path) -> None:
     source = source_of(folder)
     path = folder / "model.safetensors"
-    start = read_headers(folder).tensors[f"{QKV_NAME}.codes"].start
+    start = read_headers(folder).tensors[f"{QKV_NAME}.panels"].start
     with path.open("r+b") as file:
         file.truncate(start + 10)
     with pytest.raises(CorruptFileError, match=rf"cut short inside tensor .* it has {start + 10}"):
@@ -241,7 +212,7 @@ def test_a_file_that_shrank_after_its_header_was_read(folder: Path) -> None:
 
 
 ENTRIES: dict[str, tuple[dict[str, Any], type[ErnieError], str]] = {
-    "newer": ({"format_version": 2}, UnsupportedError, "written by a newer version of ernie45: its packed format is 2"),
+    "newer": ({"format_version": 3}, UnsupportedError, "written by a newer version of ernie45: its packed format is 3"),
     "no version": ({"format_version": None}, ConfigError, "format_version is None"),
     "a version in text": ({"format_version": "1"}, ConfigError, "format_version is '1'"),
     "no preset": ({"preset": None}, ConfigError, "preset is None"),

@@ -19,11 +19,13 @@ from ernie45.checkpoint.read import PackedSource
 from ernie45.checkpoint.resolve import resolve
 from ernie45.errors import TensorError, UnsupportedError
 from ernie45.presets import PRESETS, QuantPreset
-from ernie45.quantization.packed import Packed, PackedInt4, PackedInt8, dequantize, empty_packed
+from ernie45.quantization.packed import PackedInt4, PackedInt8, dequantize, empty_packed
+from ernie45.quantization.panels import PanelInt4, StoredMatrix, in_panels, in_rows
 from ernie45.quantization.quantize import quantize_into
 from ernie45.saving import save_checkpoint
 from ernie45.spec import parse_spec
 from tests.gptq_files import write_gptq_folder
+from tests.packed_files import as_version_1, stored_panels
 from tests.paddle_files import CONFIG, EXPERTS, FileLayout, FloatDtype, random_pt, write_checkpoint
 
 MakeCheckpoint = Callable[..., Path]
@@ -45,16 +47,17 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def rounded(scheme: str, *parts: torch.Tensor) -> Packed:
+def rounded(scheme: str, *parts: torch.Tensor) -> StoredMatrix:
     weight = torch.cat(parts)
     packed = empty_packed(scheme, weight.shape[0], weight.shape[1], 32, torch.device("cpu"))
     quantize_into(packed, weight)
-    return packed
+    return in_panels(packed) if isinstance(packed, PackedInt4) else packed
 
 
-def assert_holds(stored: dict[str, torch.Tensor], name: str, packed: Packed) -> None:
+def assert_holds(stored: dict[str, torch.Tensor], name: str, packed: StoredMatrix) -> None:
     for leaf, tensor in packed.tensors().items():
         assert torch.equal(stored[f"{name}.{leaf}"], tensor), f"{name}.{leaf}"
+    assert {f"{name}.{leaf}" for leaf in packed.tensors()} == {key for key in stored if key.startswith(f"{name}.")}
 
 
 @pytest.fixture
@@ -95,7 +98,7 @@ def test_config_says_what_the_files_are(mixture: Path, tmp_path: Path) -> None:
     config, before = read_json(folder / "config.json"), read_json(mixture / "config.json")
     assert config.pop("quantization_config") == {
         "quant_method": "ernie45",
-        "format_version": 1,
+        "format_version": 2,
         "preset": {"name": "mine", "experts": "int4", "linear": None, "embedding": "int8"},
     }
     assert config == {**before, "dtype": "bfloat16"}  # which its scales, in float32, would hide
@@ -171,7 +174,8 @@ def test_gptq_keeps_its_values(
         pieces = reader.read_packed(parts, in_features, torch.device("cpu"))
         assert pieces is not None
         expected = torch.cat([tensors_of(tmp_path / "reference")[f"{name}.weight"] for name in parts])
-        assert torch.equal(torch.cat([dequantize(piece) for piece in pieces]), expected)
+        values = [dequantize(piece) for piece in pieces if not isinstance(piece, PanelInt4)]
+        assert torch.equal(torch.cat(values), expected)
 
 
 def test_tensors_follow_the_build_and_start_on_cache_lines(mixture: Path, tmp_path: Path) -> None:
@@ -185,9 +189,11 @@ def test_tensors_follow_the_build_and_start_on_cache_lines(mixture: Path, tmp_pa
     assert all(info.start % item_bytes[info.dtype] == 0 for info in rest)
     names = [info.name for info in whole]
     assert names[0] == "model.embed_tokens.codes"
-    expert = names.index("model.layers.1.mlp.experts.2.gate_up_proj.codes")
-    assert names[expert : expert + 3] == [
-        f"model.layers.1.mlp.experts.2.gate_up_proj.{leaf}" for leaf in ("codes", "scales", "row_scales")
+    expert = names.index("model.layers.1.mlp.experts.2.gate_up_proj.panels")
+    assert names[expert : expert + 4] == [
+        f"model.layers.1.mlp.experts.2.{name}_proj.{leaf}"
+        for name in ("gate_up", "down")
+        for leaf in ("panels", "row_scales")
     ]
 
 
@@ -258,7 +264,7 @@ def test_a_row_that_does_not_divide_into_groups_is_stored_in_8_bits(tmp_path: Pa
     source = write_checkpoint(tmp_path / "source", random_pt(CONFIG), CONFIG, layout="pt")  # hidden size 24
     stored = tensors_of(pack(source, tmp_path / "out", "int4"))
     assert stored["model.layers.0.self_attn.qkv_proj.codes"].dtype == torch.int8
-    assert stored["model.layers.0.self_attn.o_proj.codes"].dtype == torch.uint8
+    assert stored["model.layers.0.self_attn.o_proj.panels"].dtype == torch.uint8
 
 
 def test_an_adapter_is_merged_before_rounding(mixture: Path, tmp_path: Path) -> None:
@@ -307,16 +313,39 @@ def test_the_head_of_multi_token_prediction_is_packed_like_the_rest(tmp_path: Pa
     assert plan.dropped == ()
     stored = {name: tensor.dtype for name, tensor in tensors_of(tmp_path / "out").items() if "mtp" in name}
     for module in ("mtp_block.0.self_attn.qkv_proj", "mtp_block.0.mlp.gate_up_proj", "mtp_linear_proj.0"):
-        assert stored[f"model.{module}.codes"] == torch.uint8
+        assert stored[f"model.{module}.panels"] == torch.uint8
     assert stored["model.mtp_emb_norm.0.weight"] == tensors_of(source)["model.mtp_emb_norm.0.weight"].dtype
 
 
 def test_four_bits_and_their_scales_are_what_the_format_says(mixture: Path, tmp_path: Path) -> None:
-    name = "model.layers.1.mlp.experts.1.down_proj"
+    name = "model.layers.1.mlp.experts.1.down_proj"  # of one group: a dword of scales, and four of codes
     weight, stored = tensors_of(mixture)[f"{name}.weight"].float(), tensors_of(pack(mixture, tmp_path / "out", "int4"))
-    codes = stored[f"{name}.codes"].view(64, 1, 16)
+    assert stored[f"{name}.panels"].shape == (1, 5, 64, 4)
+    rows = stored[f"{name}.panels"][0].transpose(0, 1).flatten(1)
+    codes = rows[:, 4:].view(64, 1, 16)
     unpacked = torch.cat((codes & 15, codes >> 4), dim=2).view(64, 32).int() - 8
-    steps = stored[f"{name}.scales"].float() * stored[f"{name}.row_scales"][:, None]
+    steps = rows[:, :1].view(torch.int8).float() * stored[f"{name}.row_scales"][:, None]
     assert (unpacked * steps - weight).abs().max() < 0.6 * steps.abs().max()
-    packed = PackedInt4(**{leaf: stored[f"{name}.{leaf}"] for leaf in ("codes", "scales", "row_scales")})
-    torch.testing.assert_close(packed.rows(0, 64), unpacked * steps)
+    assert not rows[:, 1:4].any()
+    torch.testing.assert_close(in_rows(stored_panels(stored, name)).rows(0, 64), unpacked * steps)
+
+
+def test_a_matrix_that_is_written_in_pieces_is_that_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces are whole panels; the last rows fill none."""
+    monkeypatch.setattr("ernie45.checkpoint.packing.BLOCK_BYTES", 130 * 64)
+    config = {**WIDE, "intermediate_size": 160}  # 320 rows of gate and up
+    source = write_checkpoint(tmp_path / "source", random_pt(config), config, layout="pt", dtype="BF16")
+    for preset in ("int4", "int8"):
+        weights, stored = tensors_of(source), tensors_of(pack(source, tmp_path / preset, preset))
+        for module, names in (("self_attn.qkv", "qkv"), ("self_attn.o", "o"), ("mlp.gate_up", ("gate", "up"))):
+            prefix = f"model.layers.0.{module.partition('.')[0]}."
+            parts = [weights[f"{prefix}{name}_proj.weight"] for name in names]
+            assert_holds(stored, f"model.layers.0.{module}_proj", rounded(preset, *parts))
+
+
+def test_a_version_1_folder_is_packed_again_as_it_is(mixture: Path, tmp_path: Path) -> None:
+    old = as_version_1(pack(mixture, tmp_path / "packed", "int4"), tmp_path / "old")
+    stored = tensors_of(pack(old, tmp_path / "again", "int4"))
+    before = tensors_of(old)
+    assert stored.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in stored.items())

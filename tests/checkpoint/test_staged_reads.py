@@ -10,25 +10,15 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from ernie45.checkpoint.headers import TensorInfo
-from ernie45.checkpoint.open import Checkpoint, expert_tensors, open_checkpoint, open_source, read_config
-from ernie45.checkpoint.read import PackedSource, TensorSource
-from ernie45.checkpoint.staged_reads import StagedReader
+from ernie45.checkpoint.large_pages import map_large_pages
+from ernie45.checkpoint.staged_reads import BLOCK_BYTES, StagedReader
 from ernie45.errors import CheckpointError, CorruptFileError, OutOfMemoryError
-from ernie45.presets import PRESETS
-from ernie45.saving import save_checkpoint
-from ernie45.spec import parse_spec
-from tests.gptq_files import write_gptq_folder
-from tests.paddle_files import CONFIG, EXPERTS, FileLayout, FloatDtype, random_pt, write_checkpoint
 
-CPU = torch.device("cpu")
-WIDE: dict[str, Any] = {**CONFIG, **EXPERTS, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
-EXPERT = "model.layers.2.mlp.experts.3."
-GATE_UP = {f"{EXPERT}gate_proj": 32, f"{EXPERT}up_proj": 32}
-DOWN = {f"{EXPERT}down_proj": 64}
 needs_direct = pytest.mark.skipif(sys.platform != "linux", reason="reads past the page cache are Linux's")
 
 
@@ -52,6 +42,21 @@ def any_file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
         refuse_direct_opens(monkeypatch, errno.EINVAL)
     elif request.param == "refused at reading":
         refuse_direct_reads(monkeypatch, errno.EOPNOTSUPP)
+
+
+@pytest.fixture(params=["room", "no room"])
+def room(request: pytest.FixtureRequest) -> memoryview | None:
+    """Where an expert is to lie, or nothing."""
+    return room_of(1 << 20) if request.param == "room" else None
+
+
+def room_of(num_bytes: int) -> memoryview:
+    """Memory that begins with a page."""
+    return memoryview(map_large_pages(1 << 20, "for a test"))[:num_bytes]
+
+
+def address(content: memoryview) -> int:
+    return int(np.asarray(content).ctypes.data)
 
 
 def refuse_direct_opens(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -107,15 +112,53 @@ def staged_bytes(reader: StagedReader, info: TensorInfo) -> bytes:
         [(100, 200), (60_000, 61_000), (200_000, 300_000), (400_001, 400_002)],
     ],
 )
-def test_what_is_staged_is_what_the_file_holds(file: Path, content: bytes, ranges: list[tuple[int, int]]) -> None:
+def test_what_is_staged_is_what_the_file_holds(
+    file: Path, content: bytes, ranges: list[tuple[int, int]], room: memoryview | None
+) -> None:
     infos = [stored_at(file, *ends) for ends in ranges]
     reader = StagedReader()
-    reader.stage(infos)
+    reader.stage(infos, room)
     for info, (start, stop) in zip(infos, ranges, strict=True):
         assert staged_bytes(reader, info) == content[start:stop]
         target = bytearray(stop - start)
         assert reader.read(file, start, memoryview(target)) == stop - start
         assert bytes(target) == content[start:stop]
+
+
+@pytest.mark.usefixtures("any_file_system")
+@pytest.mark.parametrize(
+    ("start", "stop", "num_blocks"),
+    [(0, 4096, 1), (1, 2, 1), (4095, 4097, 2), (64, 8192, 2), (4032, 12_289, 4), (12_352, 1_000_003, 242)],
+)
+def test_it_lies_in_the_room_if_its_blocks_fit(
+    file: Path, content: bytes, start: int, stop: int, num_blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, info, room = StagedReader(), stored_at(file, start, stop), room_of(num_blocks * BLOCK_BYTES)
+    with monkeypatch.context() as watched:
+        watched.setattr("ernie45.checkpoint.staged_reads.map_large_pages", lambda *wanted: pytest.fail("a buffer"))
+        reader.stage([info], room)
+    view = reader.view(info)
+    assert view is not None
+    assert address(view) - address(room) == start % BLOCK_BYTES
+    assert bytes(view) == content[start:stop]
+    too_small = room_of(num_blocks * BLOCK_BYTES - 1)
+    reader.stage([info], too_small)
+    assert staged_bytes(reader, info) == content[start:stop]
+    assert not any(too_small)
+    assert bytes(view) == content[start:stop], "what lies in a room stays there"
+
+
+def test_ranges_that_lie_far_apart_have_blocks_of_their_own_in_a_room(file: Path, content: bytes) -> None:
+    infos = [stored_at(file, 700_100, 700_300), stored_at(file, 100, 9000)]
+    room = room_of(4 * BLOCK_BYTES)
+    reader = StagedReader()
+    reader.stage(infos, room)
+    views = [reader.view(info) for info in infos]
+    assert [None if view is None else address(view) - address(room) for view in views] == [
+        3 * BLOCK_BYTES + 700_100 % BLOCK_BYTES,
+        100,
+    ]
+    assert [view and bytes(view) for view in views] == [content[700_100:700_300], content[100:9000]]
 
 
 def test_tensors_of_several_files_are_staged_together(tmp_path: Path, content: bytes) -> None:
@@ -219,17 +262,19 @@ def test_short_reads_are_continued(file: Path, content: bytes, monkeypatch: pyte
 
 @pytest.mark.usefixtures("any_file_system")
 @pytest.mark.parametrize("left", [0, 100, 5000, 100_000, 199_999])
-def test_a_truncated_file_is_an_error_until_it_is_whole(file: Path, content: bytes, left: int) -> None:
+def test_a_truncated_file_is_an_error_until_it_is_whole(
+    file: Path, content: bytes, left: int, room: memoryview | None
+) -> None:
     reader, info = StagedReader(), stored_at(file, 5000, 200_000)
-    reader.stage([info])
+    reader.stage([info], room)
     file.write_bytes(content[:left])
     with pytest.raises(CorruptFileError, match="is cut short") as caught:
-        reader.stage([info])
+        reader.stage([info], room)
     assert str(file) in caught.value.message
     assert f"{left} in all" in caught.value.message
     assert reader.view(info) is None
     file.write_bytes(content)
-    reader.stage([info])
+    reader.stage([info], room)
     assert staged_bytes(reader, info) == content[5000:200_000]
 
 
@@ -257,7 +302,9 @@ def test_a_file_that_may_not_be_opened_is_an_error(file: Path, monkeypatch: pyte
     assert str(file) in caught.value.message
 
 
-def test_a_failing_disk_is_an_error_until_it_works(file: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_disk_is_an_error_until_it_works(
+    file: Path, content: bytes, room: memoryview | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reader, info = StagedReader(), stored_at(file, 5000, 200_000)
     with monkeypatch.context() as broken:
 
@@ -266,10 +313,10 @@ def test_a_failing_disk_is_an_error_until_it_works(file: Path, content: bytes, m
 
         broken.setattr(os, "preadv", fail)
         with pytest.raises(CheckpointError, match=os.strerror(errno.EIO)) as caught:
-            reader.stage([info])
+            reader.stage([info], room)
         assert str(file) in caught.value.message
         assert reader.view(info) is None
-    reader.stage([info])
+    reader.stage([info], room)
     assert staged_bytes(reader, info) == content[5000:200_000]
 
 
@@ -297,104 +344,3 @@ def test_two_readers_work_at_once(file: Path, content: bytes) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-
-
-def opened(folder: Path) -> Checkpoint:
-    config = read_config(folder)
-    return open_checkpoint(folder, config, parse_spec(config))
-
-
-def staged_and_moved(checkpoint: Checkpoint) -> TensorSource:
-    """A source whose reader has staged EXPERT, while the files are now somewhere else: who wants another byte fails."""
-    reader = StagedReader()
-    source = open_source(checkpoint, reader=reader)
-    reader.stage(expert_tensors(checkpoint)[EXPERT])
-    checkpoint.folder.rename(checkpoint.folder.with_name("moved"))
-    return source
-
-
-@pytest.mark.parametrize("layout", ["pt", "paddle", "paddleformers"])
-@pytest.mark.parametrize("has_biases", [False, True])
-def test_an_expert_is_read_from_what_is_staged(tmp_path: Path, layout: FileLayout, has_biases: bool) -> None:
-    tensors = random_pt(WIDE, expert_biases=has_biases)
-    dtype: FloatDtype = "BF16" if layout == "pt" else "U16"
-    folder = write_checkpoint(tmp_path / "model", tensors, WIDE, layout=layout, dtype=dtype, num_shards=3)
-    source = staged_and_moved(opened(folder))
-    for leaf in ("gate_proj", "up_proj", "down_proj"):
-        for kind in ("weight", "bias")[: 1 + has_biases]:
-            stored = torch.from_numpy(tensors[f"{EXPERT}{leaf}.{kind}"])
-            out = torch.empty(stored.shape, dtype=torch.bfloat16)
-            source.read_into(out, {f"{EXPERT}{leaf}.{kind}": len(out)})
-            assert torch.equal(out.float(), stored)
-
-
-@pytest.mark.parametrize("preset", ["int4", "int8"])
-def test_a_packed_expert_lies_in_what_is_staged(tmp_path: Path, preset: str) -> None:
-    plain = write_checkpoint(tmp_path / "plain", random_pt(WIDE), WIDE, layout="pt", dtype="BF16")
-    save_checkpoint(plain, tmp_path / "packed", PRESETS[preset], progress=False)
-    assert_packed_as_without_reader(opened(tmp_path / "packed"))
-
-
-def test_a_gptq_expert_is_read_from_what_is_staged(tmp_path: Path) -> None:
-    plain = write_checkpoint(tmp_path / "plain", random_pt(WIDE), WIDE, layout="pt")
-    write_gptq_folder(plain, tmp_path / "gptq", tmp_path / "reference")
-    assert_packed_as_without_reader(opened(tmp_path / "gptq"))
-
-
-def assert_packed_as_without_reader(checkpoint: Checkpoint) -> None:
-    without = open_source(checkpoint)
-    assert isinstance(without, PackedSource)
-    expected = [without.read_packed(GATE_UP, 64, CPU), without.read_packed(DOWN, 32, CPU)]
-    source = staged_and_moved(checkpoint)
-    assert isinstance(source, PackedSource)
-    for wanted, found in zip(
-        expected, (source.read_packed(GATE_UP, 64, CPU), source.read_packed(DOWN, 32, CPU)), strict=True
-    ):
-        assert wanted is not None
-        assert found is not None
-        for one, other in zip(wanted, found, strict=True):
-            assert one.tensors().keys() == other.tensors().keys()
-            for leaf, tensor in one.tensors().items():
-                assert torch.equal(tensor, other.tensors()[leaf])
-
-
-def test_packed_matrices_are_not_mapped_with_a_reader(tmp_path: Path) -> None:
-    plain = write_checkpoint(tmp_path / "plain", random_pt(WIDE), WIDE, layout="pt", dtype="BF16")
-    save_checkpoint(plain, tmp_path / "packed", PRESETS["int4"], progress=False)
-    checkpoint = opened(tmp_path / "packed")
-    reader = StagedReader()
-    source = open_source(checkpoint, reader=reader)
-    assert isinstance(source, PackedSource)
-    reader.stage(expert_tensors(checkpoint)[EXPERT])
-    staged = source.read_packed(DOWN, 32, CPU)
-    assert staged is not None
-    view = reader.view(checkpoint.index.tensors[f"{EXPERT}down_proj.codes"])
-    assert view is not None
-    assert staged[0].codes.data_ptr() == torch.frombuffer(view, dtype=torch.uint8).data_ptr()
-
-    without = open_source(checkpoint)
-    assert isinstance(without, PackedSource)
-    other = {name.replace("experts.3", "experts.0"): rows for name, rows in DOWN.items()}
-    not_staged, expected = source.read_packed(other, 32, CPU), without.read_packed(other, 32, CPU)
-    assert not_staged is not None
-    assert expected is not None
-    for leaf, tensor in expected[0].tensors().items():
-        assert torch.equal(tensor, not_staged[0].tensors()[leaf])
-    (tmp_path / "packed").rename(tmp_path / "moved")
-    with pytest.raises(CheckpointError, match="No such file"):
-        source.read_packed(other, 32, CPU)
-
-
-@pytest.mark.parametrize("layout", ["pt", "paddle", "paddleformers"])
-def test_the_tensors_of_each_expert_are_found(tmp_path: Path, layout: FileLayout) -> None:
-    folder = write_checkpoint(tmp_path, random_pt(WIDE, expert_biases=True), WIDE, layout=layout)
-    checkpoint = opened(folder)
-    experts = expert_tensors(checkpoint)
-    assert set(experts) == {f"model.layers.{layer}.mlp.experts.{number}." for layer in (1, 2) for number in range(4)}
-    for prefix, infos in experts.items():
-        wanted = {
-            checkpoint.layout.locate(f"{prefix}{leaf}.{kind}").key
-            for leaf in ("gate_proj", "up_proj", "down_proj")
-            for kind in ("weight", "bias")
-        }
-        assert sorted(info.name for info in infos) == sorted(wanted)

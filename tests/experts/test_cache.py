@@ -94,13 +94,13 @@ def opened(slots: Slots, num_keys: int = 8, num_readers: int = 3) -> Iterator[Ex
 
 
 def use(cache: ExpertCache[tuple[int, int]], slots: Slots, keys: Sequence[int]) -> list[int]:
-    """The keys that a lease brought, in their order."""
+    """The keys that a lease brought, sorted."""
     brought = []
     with closing(cache.lease(keys)) as groups:
         for group in groups:
             with slots.leased(group):
                 brought += [key for key, _ in group]
-    return brought
+    return sorted(brought)
 
 
 def settle(cache: ExpertCache[tuple[int, int]]) -> None:
@@ -115,7 +115,7 @@ def numbers(cache: ExpertCache[tuple[int, int]]) -> tuple[int, int, int, int]:
 
 
 @pytest.mark.parametrize("num_slots", range(1, 9))
-def test_a_lease_brings_all_keys_in_order_however_few_slots_there_are(num_slots: int) -> None:
+def test_a_lease_brings_each_key_once_however_few_slots_there_are(num_slots: int) -> None:
     slots = Slots(num_slots=num_slots)
     with opened(slots) as cache:
         for keys in ([0, 1, 2, 3, 4, 5, 6, 7], [5], [0, 2, 4, 6], [1, 3, 5, 7], [0, 1, 2, 3, 4, 5, 6, 7]):
@@ -137,17 +137,40 @@ def test_what_lies_in_memory_is_not_read_again() -> None:
         assert numbers(cache) == (5, 5, 0, 0)
 
 
-def test_the_first_group_comes_before_the_last_is_read() -> None:
-    slots = Slots(num_slots=3, held={2})
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_they_come_as_they_are_read(last: int) -> None:
+    slots = Slots(num_slots=3, held={last})
     with opened(slots) as cache, closing(cache.lease([0, 1, 2])) as groups:
-        brought = [key for key, _ in next(groups)]
-        if brought == [0]:
+        brought: list[int] = []
+        while len(brought) < 2:
             brought += [key for key, _ in next(groups)]
-        assert brought == [0, 1]
-        slots.let_go(2)
-        assert [key for key, _ in next(groups)] == [2]
+        assert sorted(brought) == sorted({0, 1, 2} - {last})
+        slots.let_go(last)
+        assert [key for key, _ in next(groups)] == [last]
         assert list(groups) == []
         assert cache.counts.stall_seconds > 0
+
+
+def test_those_that_are_there_come_before_those_that_must_be_read() -> None:
+    slots = Slots(num_slots=5)
+    with opened(slots) as cache:
+        use(cache, slots, [1, 4, 6])
+        slots.held = {0, 5}
+        with closing(cache.lease([0, 1, 4, 5, 6])) as groups:
+            with slots.leased(group := next(groups)):
+                assert [key for key, _ in group] == [1, 4, 6]
+            slots.let_go(5)
+            assert [key for key, _ in next(groups)] == [5]
+            slots.let_go(0)
+            assert [key for key, _ in next(groups)] == [0]
+
+
+def test_while_one_is_read_others_use_the_slots_that_are_left() -> None:
+    slots = Slots(num_slots=2, held={0})
+    with opened(slots) as cache, closing(cache.lease([0, 1, 2, 3])) as groups:
+        assert [[key for key, _ in next(groups)] for _ in range(3)] == [[1], [2], [3]]
+        slots.let_go(0)
+        assert [key for group in groups for key, _ in group] == [0]
 
 
 def test_a_group_stays_until_the_next_is_asked_for() -> None:
@@ -160,7 +183,8 @@ def test_a_group_stays_until_the_next_is_asked_for() -> None:
         with slots.leased(group):
             pass
         assert set(slots.filled) == {0, 1}
-        assert [key for group in groups for key, _ in group] == [0, 1, 2, 3][len(group) :]
+        rest = [key for group in groups for key, _ in group]
+        assert sorted([key for key, _ in group] + rest) == [0, 1, 2, 3]
 
 
 def test_what_is_to_be_done_meanwhile_is_done_once_and_beside_the_reads() -> None:
@@ -171,7 +195,7 @@ def test_what_is_to_be_done_meanwhile_is_done_once_and_beside_the_reads() -> Non
         slots.let_go(0, 1)
 
     with opened(slots) as cache, closing(cache.lease([0, 1, 2, 3], meanwhile)) as groups:
-        assert [key for group in groups for key, _ in group] == [0, 1, 2, 3]
+        assert sorted(key for group in groups for key, _ in group) == [0, 1, 2, 3]
         assert len(calls) == 1
         assert calls[0] <= {0, 1}
 
@@ -274,7 +298,7 @@ def test_a_guess_that_is_still_being_read_is_waited_for() -> None:
     with opened(slots) as cache:
         cache.read_ahead([4], 1)
         with closing(cache.lease([4, 5], lambda: slots.let_go(4))) as groups:
-            assert [key for group in groups for key, _ in group] == [4, 5]
+            assert sorted(key for group in groups for key, _ in group) == [4, 5]
         assert numbers(cache) == (0, 1, 1, 1)
         assert sorted(slots.filled) == [4, 5]
 
@@ -297,7 +321,7 @@ def test_a_guess_does_not_make_room_for_another() -> None:
 def test_what_is_leased_makes_no_room_for_guesses() -> None:
     slots = Slots(num_slots=3)
     with opened(slots) as cache, closing(cache.lease([0, 1, 2], lambda: cache.read_ahead([5, 6], 2))) as groups:
-        assert [key for group in groups for key, _ in group] == [0, 1, 2]
+        assert sorted(key for group in groups for key, _ in group) == [0, 1, 2]
         assert cache.counts.guesses == 0
 
 
@@ -345,10 +369,11 @@ def test_thousands_of_leases(num_slots: int) -> None:
                         if leave_at is not None and len(brought) >= leave_at:
                             break
                     else:
-                        assert brought == keys
+                        assert sorted(brought) == keys
             except BadDiskError:
                 pass
-            assert brought == keys[: len(brought)]
+            assert len(set(brought)) == len(brought)
+            assert set(brought) <= set(keys)
             num_read += len(brought)
         settle(cache)
         assert num_read > 1000

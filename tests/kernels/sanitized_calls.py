@@ -7,7 +7,6 @@ from __future__ import annotations
 import sys
 import threading
 from ctypes import addressof
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,13 @@ def call_all(native: Kernels, scheme: str, dtype: torch.dtype, hidden: int, num_
     for shared in (None, bank.experts[1].struct):
         chosen, shares = choice(num_tokens, 5, 3)
         native.experts(norm.struct, bank.table, shared, chosen, shares, x)
-        sums, edges = torch.empty(x.shape), sorted((chosen[0] + 1).tolist())[:-1]
-        for first, end in pairwise([-1, *([] if shared is None else [0]), *edges, 5]):
-            native.experts(norm.struct, bank.table, shared, chosen, shares, x, numbers=range(first, end), sums=sums)
+        outputs = torch.empty(num_tokens * (3 + (shared is not None)), hidden)
+        first = chosen[-1].tolist()
+        later = sorted(set(chosen.flatten().tolist()).difference(first))
+        for beside, numbers in ((shared, first), (None, later)):
+            if numbers:
+                native.expert_outputs(norm.struct, bank.table, beside, chosen, shares, x, numbers, outputs)
+        native.add_outputs(outputs, has_shared=shared is not None, chosen=chosen, shares=shares, x=x)
     if scheme != "int4":
         native.lookup(matrix.linear.struct, torch.tensor([0, 64, 33]), dtype)
 

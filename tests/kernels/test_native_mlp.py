@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from random import Random
 from threading import Thread
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +14,9 @@ from torch import Tensor
 from ernie45.kernels.library import set_threads, work_alone
 from ernie45.kernels.native import Kernels, trim
 from ernie45.kernels.ops import route
+from ernie45.quantization.panels import in_panels, panel_shape
 from tests.kernels.panel_matrices import DTYPES, SCHEMES, Bank, Mlp, Norm, Router, choice, random
+from tests.quantization.test_panels import random_int4
 
 NO_CHOICE = torch.empty((0, 2), dtype=torch.int64), torch.empty((0, 2))
 
@@ -80,13 +81,15 @@ def test_experts(
     assert_added(x, before, added if beside is None else added + beside(norm(before)))
 
 
-def cuts(chosen: Tensor, num_experts: int, *, shared: bool, seed: int) -> list[range]:
-    """The numbers from -1 to all experts, in ranges that have at least one to add each."""
-    draw = Random(seed)
-    numbers = ([-1] if shared else []) + sorted(set(chosen.flatten().tolist()))
-    ends = [draw.randint(number + 1, after) for number, after in itertools.pairwise(numbers)]
-    ends = [end for end in ends if draw.random() < 0.6]
-    return [range(start, end) for start, end in itertools.pairwise([-1, *ends, num_experts])]
+def parts(chosen: Tensor, *, shared: bool, seed: int) -> list[tuple[bool, list[int]]]:
+    """The chosen experts and the shared MLP in some order, several calls: whether each has the shared MLP, and its
+    experts."""
+    draw, number_of_shared = Random(seed), -1
+    members = sorted(set(chosen.flatten().tolist())) + ([number_of_shared] if shared else [])
+    draw.shuffle(members)
+    ends = sorted(draw.sample(range(1, len(members)), draw.randint(0, len(members) - 1)))
+    groups = [members[start:end] for start, end in itertools.pairwise([0, *ends, len(members)])]
+    return [(number_of_shared in group, [n for n in group if n != number_of_shared]) for group in groups]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,7 +99,7 @@ def cuts(chosen: Tensor, num_experts: int, *, shared: bool, seed: int) -> list[r
     ("hidden", "num_experts", "num_chosen", "num_tokens", "bias"),
     [(32, 1, 1, 3, False), (96, 9, 3, 1, True), (160, 12, 4, 7, False), (96, 16, 2, 100, True)],
 )
-def test_experts_in_ranges_are_the_bits_of_one_call(
+def test_experts_in_several_calls_are_the_bits_of_one(
     each_set: Kernels,
     hidden: int,
     num_experts: int,
@@ -110,18 +113,28 @@ def test_experts_in_ranges_are_the_bits_of_one_call(
     norm, (chosen, shares) = Norm(hidden), choice(num_tokens, num_experts, num_chosen)
     experts = [Mlp.draw((scheme, scheme), hidden, 64, bias=bias, seed=10 * i) for i in range(num_experts)]
     bank, shared_mlp = Bank(experts), Mlp.draw((scheme, scheme), hidden, 128, bias=bias, seed=999)
-    beside = shared_mlp.struct if shared else None
     before = (random(num_tokens, hidden, seed=9) * 2).to(dtype)
     expected = before.clone()
-    each_set.experts(norm.struct, bank.table, beside, chosen, shares, expected)
+    each_set.experts(norm.struct, bank.table, shared_mlp.struct if shared else None, chosen, shares, expected)
     for seed in range(4):
-        x, sums = before.clone(), torch.full(before.shape, torch.nan)
-        for numbers in cuts(chosen, num_experts, shared=shared, seed=seed):
-            assert torch.equal(x, before)
+        x, outputs = before.clone(), torch.full((num_tokens * (num_chosen + shared), hidden), torch.nan)
+        for has_shared, numbers in parts(chosen, shared=shared, seed=seed):
             # What is not there yet, or no more, is not looked at.
-            there = Bank(experts, numbers)
-            each_set.experts(norm.struct, there.table, beside, chosen, shares, x, numbers=numbers, sums=sums)
+            there, beside = Bank(experts, numbers), shared_mlp.struct if has_shared else None
+            each_set.expert_outputs(norm.struct, there.table, beside, chosen, shares, x, numbers, outputs)
+            assert torch.equal(x, before)
+        each_set.add_outputs(outputs, has_shared=shared, chosen=chosen, shares=shares, x=x)
         assert torch.equal(x, expected)
+
+
+def test_an_expert_that_nobody_chose_is_not_looked_at(each_set: Kernels) -> None:
+    experts, norm = [Mlp.draw(("int4", "int4"), 64, 64, seed=i) for i in range(3)], Norm(64)
+    chosen, shares = torch.tensor([[2], [0], [2]]), torch.rand(3, 1)
+    there, x, outputs = Bank(experts, [2]), random(3, 64, seed=9), torch.full((3, 64), 7.0)
+    each_set.expert_outputs(norm.struct, there.table, None, chosen, shares, x, [1, 2], outputs)
+    expected = experts[2](norm(x[[0, 2]]))
+    assert (outputs[[0, 2]] - expected).norm() < 1e-3 * expected.norm()
+    assert bool((outputs[1] == 7).all())
 
 
 @pytest.fixture
@@ -293,34 +306,16 @@ def test_of_equal_experts_the_first_are_chosen(each_set: Kernels) -> None:
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("num_groups", [1, 2, 3, 4, 5, 8, 9])
 @pytest.mark.parametrize("num_rows", [1, 63, 64, 65, 130])
-def test_the_order_of_int4_panels(native: Kernels, num_rows: int, num_groups: int, alone: bool) -> None:
-    """For 64 rows and four groups a dword of scales of each row, then dword after dword of codes of each."""
-    draw = torch.Generator().manual_seed(num_rows + num_groups)
-    codes = torch.randint(0, 256, (num_rows, 16 * num_groups), dtype=torch.uint8, generator=draw)
-    scales = torch.randint(-127, 128, (num_rows, num_groups), dtype=torch.int8, generator=draw)
-    num_panels, num_runs = -(-num_rows // 64), -(-num_groups // 4)
-    panels = torch.full((64 * num_panels, 16 * num_groups + 4 * num_runs), 0xAA, dtype=torch.uint8)
+def test_int4_panels_are_those_of_files(native: Kernels, num_rows: int, num_groups: int, alone: bool) -> None:
+    packed = random_int4(num_rows, num_groups)
+    panels = torch.full(panel_shape(num_rows, 32 * num_groups), 0xAA, dtype=torch.uint8)
 
     def make() -> None:
         if alone:
             work_alone()
-        native.make_int4_panels(codes, scales, panels)
+        native.make_int4_panels(packed.codes, packed.scales, panels)
 
     thread = Thread(target=make)
     thread.start()
     thread.join()
-    padded = np.zeros((64 * num_panels, 4 * num_runs), dtype=np.int8)
-    padded[:num_rows, :num_groups] = scales
-    scale_words = padded.view(np.uint32)
-    code_words = np.zeros((64 * num_panels, 4 * num_groups), dtype=np.uint32)
-    code_words[:num_rows] = codes.numpy().view(np.uint32)
-    expected = [
-        words
-        for first in range(0, 64 * num_panels, 64)
-        for run in range(num_runs)
-        for words in (
-            scale_words[first : first + 64, run],
-            code_words[first : first + 64, 16 * run : 16 * run + 16].T.flatten(),
-        )
-    ]
-    assert np.array_equal(panels.numpy().view(np.uint32).flatten(), np.concatenate(expected))
+    assert torch.equal(panels, in_panels(packed).panels)

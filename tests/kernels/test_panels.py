@@ -16,6 +16,7 @@ from ernie45.kernels.panels import (
     takes_panels,
 )
 from ernie45.quantization.packed import PackedInt4, dequantize, empty_packed, num_bytes
+from ernie45.quantization.panels import PanelInt4, in_panels
 from ernie45.quantization.quantize import quantize_into
 from tests.kernels.panel_matrices import random
 from tests.kernels.test_packed_linear import gptq, quantized
@@ -80,6 +81,77 @@ def test_memory_is_used_again_only_where_that_is_allowed(scheme: str, shape: tup
     x = random(3, shape[1])
     expected = x @ weights.T
     assert (panels(x) - expected).norm() < 0.02 * expected.norm()
+
+
+def panels_of(shape: tuple[int, int]) -> tuple[PackedInt4, PanelInt4]:
+    """A matrix in rows, and the same in panels."""
+    packed = quantized("int4", shape)
+    assert isinstance(packed, PackedInt4)
+    return packed, in_panels(packed)
+
+
+@pytest.mark.parametrize("shape", [(128, 96), (65, 32), (33, 160)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("native")
+def test_panels_of_files_give_the_bits_of_rows(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    packed, panels = panels_of(shape)
+    x, bias = random(5, shape[1]).to(dtype), random(shape[0], seed=1)
+    linear, expected = build_packed_linear(panels, bias, dtype), build_packed_linear(packed, bias, dtype)
+    assert isinstance(linear, PanelLinear)
+    assert torch.equal(linear(x), expected(x))
+    assert (linear.out_features, linear.code_bytes, linear.scale_bytes) == (
+        shape[0],
+        expected.code_bytes,
+        expected.scale_bytes,
+    )
+    panels.panels.zero_()  # which may be a file, or the place of the next expert
+    assert torch.equal(linear(x), expected(x))
+
+
+@pytest.mark.parametrize("shape", [(128, 96), (33, 160)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("without_library")
+def test_without_a_library_they_are_put_into_rows(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    packed, panels = panels_of(shape)
+    linear, expected = build_packed_linear(panels, None, dtype), build_packed_linear(packed, None, dtype)
+    assert type(linear) is type(expected)
+    x = random(5, shape[1]).to(dtype)
+    assert torch.equal(linear(x), expected(x))
+    panels.panels.zero_()
+    assert torch.equal(linear(x), expected(x))
+
+
+@pytest.mark.usefixtures("native")
+def test_panels_that_lie_in_their_room_are_not_copied() -> None:
+    packed, panels = panels_of((65, 96))
+    tensors = panels.tensors()
+    room = torch.full((sum(tensor.nbytes for tensor in tensors.values()) + 192,), 7, dtype=torch.uint8)
+    pieces = room[192:].split([tensor.nbytes for tensor in tensors.values()])  # as far into it as in a file
+    for piece, tensor in zip(pieces, tensors.values(), strict=True):
+        piece.copy_(tensor.view(torch.uint8).flatten())
+    before = room.clone()
+    landed = PanelInt4(
+        panels=pieces[0].view(panels.panels.shape),
+        row_scales=pieces[1].view(torch.float32),
+        out_features=65,
+        in_features=96,
+    )
+    linear = packed_panels(landed, None, PanelMemory(room))
+    assert linear is not None
+    assert [linear.struct.panels, linear.struct.row_scales] == [piece.data_ptr() for piece in pieces]
+    assert torch.equal(room, before)
+    x = random(3, 96)
+    assert torch.equal(linear(x), build_packed_linear(packed, None, torch.float32)(x))
+
+
+def test_what_finds_no_room_lies_on_the_heap() -> None:
+    room = torch.zeros(256, dtype=torch.uint8)
+    memory = PanelMemory(room)
+    tensors = [memory.take(shape, torch.uint8) for shape in ((100,), (129,), (128,), (1,))]
+    offsets = [tensor.data_ptr() - room.data_ptr() for tensor in tensors]
+    assert (offsets[0], offsets[2]) == (0, 128)
+    assert not 0 <= offsets[1] < 256
+    assert not 0 <= offsets[3] < 256
 
 
 @pytest.mark.usefixtures("native")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import shutil
 import threading
 import time
@@ -156,18 +157,18 @@ def test_damaged_values_are_an_error_too(folder: Path, model: ErnieModel) -> Non
 
 
 class SlowDisk:
-    """Reads sleep a little; those that are `stopped` go on when it is let go."""
+    """Reads sleep a little, some more than others; those that are `stopped` go on when it is let go."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.seconds, self.may_go, self.num_waiting = 0.0, threading.Event(), 0
+        self.seconds, self.may_go, self.num_waiting, draw = 0.0, threading.Event(), 0, random.Random(0)
         self.may_go.set()
         stage = StagedReader.stage
 
-        def slow(reader: StagedReader, infos: Sequence[TensorInfo]) -> None:
+        def slow(reader: StagedReader, infos: Sequence[TensorInfo], room: memoryview | None = None) -> None:
             self.num_waiting += not self.may_go.is_set()
             assert self.may_go.wait(30)
-            time.sleep(self.seconds)
-            stage(reader, infos)
+            time.sleep(draw.uniform(0, 2 * self.seconds))
+            stage(reader, infos, room)
 
         monkeypatch.setattr(StagedReader, "stage", slow)
 

@@ -96,7 +96,7 @@ class ExpertTable(Protocol):
     """The experts of a bank, by their numbers."""
 
     def groups(self, numbers: Sequence[int]) -> Generator[Sequence[tuple[int, DenseMLP]], None, None]:
-        """The experts of these numbers, in their order, in groups: those of one are in memory until the next."""
+        """The experts of these numbers, as they arrive, in groups: those of one are in memory until the next."""
         ...
 
 
@@ -132,10 +132,15 @@ class ExpertBank:
         # Summed in float32 and always in the order of the experts: a row's bits do not depend on the others.
         routed = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         hits = _hits(chosen)
+        turns, early = iter(hits), dict[int, Tensor]()
+        turn = next(turns, -1)
         with closing(self.experts.groups(list(hits))) as groups:
             for number, expert in chain.from_iterable(groups):
                 tokens, places = hits[number]
-                routed.index_add_(0, tokens, expert(x[tokens]) * shares[tokens, places, None])
+                early[number] = expert(x[tokens]) * shares[tokens, places, None]
+                while turn in early:
+                    routed.index_add_(0, hits[turn][0], early.pop(turn))
+                    turn = next(turns, -1)
         return routed.to(x.dtype).to(rows.device)
 
 

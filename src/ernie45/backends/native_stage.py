@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from contextlib import closing
-from functools import partial
 from itertools import pairwise
 from typing import final
 
@@ -42,7 +41,7 @@ from ernie45.kernels.native import (
     kernels,
     kv_struct,
 )
-from ernie45.kernels.panels import PanelLinear
+from ernie45.kernels.panels import PanelLinear, Staging
 from ernie45.memory.workspace import PREFILL_CHUNK_TOKENS
 
 _MlpPointers = tuple[NormStruct, int | None, int | None, int | None]  # the rest of a LayerStruct
@@ -55,8 +54,12 @@ def native_stage(stage: Stage) -> Stage | NativeStage:
     native = kernels()
     if native is None or stage.device.type != "cpu":
         return stage
+    outputs = Staging()
     parts = [
-        (_attention_part(native, layer.attention_norm, layer.attention), _mlp_part(native, layer.mlp_norm, layer.mlp))
+        (
+            _attention_part(native, layer.attention_norm, layer.attention),
+            _mlp_part(native, layer.mlp_norm, layer.mlp, outputs),
+        )
         for layer in stage.layers
     ]
     layers = [(attention, mlp) for attention, mlp in parts if attention is not None and mlp is not None]
@@ -146,10 +149,18 @@ class ExpertPart:
     """x += experts(norm(x)) + shared(norm(x)), by the bank of experts that a token belongs to."""
 
     def __init__(
-        self, native: Kernels, norm: Norm, text: _Bank, vision: _Bank | None, shared: MlpStruct | None
+        self,
+        native: Kernels,
+        norm: Norm,
+        text: _Bank,
+        vision: _Bank | None,
+        shared: MlpStruct | None,
+        outputs: Staging,
     ) -> None:
+        """`outputs` is for those of experts that are not all in memory at once; the layers share it."""
         self._native, self._text, self._vision, self._shared = native, text, vision, shared
         self._norm, self._weight = _norm(norm)
+        self._outputs = outputs
         self.following: ExpertPart | None = None
 
     @property
@@ -187,26 +198,24 @@ class ExpertPart:
         if not isinstance(bank.experts, StreamedExperts):
             self._native.experts(self._norm, bank.table, self._shared, chosen, shares, x)
             return
-        numbers = np.unique(chosen.numpy()).tolist()
-        sums = torch.zeros(x.shape, dtype=torch.float32)
-        run = partial(self._native.experts, self._norm, bank.table, self._shared, chosen, shares, x, sums=sums)
-        start, num_done = -1, 0
+        num_tokens, num_chosen = chosen.shape
+        outputs = self._outputs.room((num_tokens * (num_chosen + 1), x.shape[1]), torch.float32)
+        inputs = chosen, shares, x
 
         def meanwhile() -> None:
-            nonlocal start
+            ahead = x
             if self._shared is not None:
-                run(numbers=range(-1, 0))
-                start = 0
+                self._native.expert_outputs(self._norm, bank.table, self._shared, *inputs, [], outputs)
+                ahead = x + outputs[-num_tokens:].to(x.dtype)
             if self.following is not None:
-                self.following.read_ahead(x + sums.to(x.dtype))
+                self.following.read_ahead(ahead)
 
-        with closing(bank.experts.groups(numbers, meanwhile)) as groups:
+        with closing(bank.experts.groups(np.unique(chosen.numpy()).tolist(), meanwhile)) as groups:
             for group in groups:
                 bank.point_at(group)
-                num_done += len(group)
-                end = bank.router.num_experts if num_done == len(numbers) else group[-1][0] + 1
-                run(numbers=range(start, end))
-                start = end
+                numbers = [number for number, _ in group]
+                self._native.expert_outputs(self._norm, bank.table, None, *inputs, numbers, outputs)
+        self._native.add_outputs(outputs, has_shared=self._shared is not None, chosen=chosen, shares=shares, x=x)
 
     def read_ahead(self, x: Tensor) -> None:
         """Have read what these hidden states would choose, which lack what the experts of the layer before will add."""
@@ -268,7 +277,9 @@ def _attention_part(native: Kernels, norm: Norm, attention: Attention) -> Attent
     return None
 
 
-def _mlp_part(native: Kernels, norm: Norm, mlp: DenseMLP | ExpertMLP) -> DensePart | ExpertPart | None:
+def _mlp_part(
+    native: Kernels, norm: Norm, mlp: DenseMLP | ExpertMLP, outputs: Staging
+) -> DensePart | ExpertPart | None:
     if isinstance(mlp, DenseMLP):
         struct = _mlp(mlp)
         return None if struct is None else DensePart(native, norm, struct)
@@ -276,7 +287,7 @@ def _mlp_part(native: Kernels, norm: Norm, mlp: DenseMLP | ExpertMLP) -> DensePa
     shared = None if mlp.shared is None else _mlp(mlp.shared)
     if text is None or (vision is None) != (mlp.vision is None) or (shared is None) != (mlp.shared is None):
         return None
-    return ExpertPart(native, norm, text, vision, shared)
+    return ExpertPart(native, norm, text, vision, shared, outputs)
 
 
 def _bank(bank: ExpertBank) -> _Bank | None:

@@ -12,7 +12,8 @@ import torch
 from ernie45.backends.base import Streaming
 from ernie45.backends.decoder import DenseMLP
 from ernie45.checkpoint.expert_reads import ExpertReader
-from ernie45.checkpoint.read import TensorSource
+from ernie45.checkpoint.read import TensorSource, bytes_of
+from ernie45.checkpoint.staged_reads import BLOCK_BYTES
 from ernie45.errors import CheckpointError
 from ernie45.experts.cache import ExpertCache
 from ernie45.kernels.library import work_alone
@@ -20,14 +21,16 @@ from ernie45.kernels.panels import PanelMemory
 from ernie45.memory.workspace import NUM_EXPERT_READERS
 from ernie45.spec import ExpertSpec
 
-_LINE_BYTES = 64  # at multiples of which the kernels want matrices
-
 
 class ExpertBuilder(Protocol):
     """`ernie45.backends.weights.WeightBuilder`."""
 
     def expert(self, prefix: str, experts: ExpertSpec, memory: PanelMemory) -> DenseMLP:
         """The expert of this -PT name prefix, in this memory where the native kernels serve."""
+        ...
+
+    def expert_is_in_panels(self, experts: ExpertSpec) -> bool:
+        """Whether the native kernels work on the experts that it builds."""
         ...
 
 
@@ -49,7 +52,7 @@ class ExpertStore:
     ) -> None:
         num_slots = streaming.slots.vision if first else streaming.slots.text
         bank = streaming.banks[first > 0]
-        slot_bytes = -(-bank.held_bytes // _LINE_BYTES) * _LINE_BYTES
+        slot_bytes = -(-bank.held_bytes // BLOCK_BYTES) * BLOCK_BYTES
         self._num_experts = experts.num_experts
         self.cache = ExpertCache(
             num_keys=num_layers * experts.num_experts,
@@ -88,8 +91,9 @@ class _Filling:
         prefix = f"model.layers.{layer}.mlp.experts.{number}."
         try:
             reader, builder = self._thread()
-            reader.stage(prefix)
-            return builder.expert(prefix, self._experts, PanelMemory(self._room(slot)))
+            room = self._room(slot)
+            reader.stage(prefix, bytes_of(room) if builder.expert_is_in_panels(self._experts) else None)
+            return builder.expert(prefix, self._experts, PanelMemory(room))
         except CheckpointError as error:
             raise type(error)(
                 f"expert {number} of layer {layer} could not be read: {error.message}", hint=error.hint
@@ -124,7 +128,7 @@ class StreamedExperts:
     def groups(
         self, numbers: Sequence[int], meanwhile: Callable[[], None] | None = None
     ) -> Generator[Sequence[tuple[int, DenseMLP]], None, None]:
-        """As they arrive; `meanwhile` is called before any is waited for."""
+        """As `ExpertTable.groups`; `meanwhile` is called before any is waited for."""
         with closing(self._cache.lease([self._first + number for number in numbers], meanwhile)) as groups:
             for group in groups:
                 yield [(key - self._first, expert) for key, expert in group]

@@ -39,6 +39,7 @@ from ernie45.kernels.panels import (
     PanelEmbedding,
     PanelLinear,
     PanelMemory,
+    Staging,
     dense_panels,
     packed_panels,
     room_for_panels,
@@ -46,6 +47,7 @@ from ernie45.kernels.panels import (
 )
 from ernie45.presets import INT4_GROUP, Part, WeightPart
 from ernie45.quantization.packed import Packed, PackedInt8, empty_packed
+from ernie45.quantization.panels import StoredMatrix
 from ernie45.quantization.quantize import quantize_blocks_into, quantize_into
 from ernie45.spec import ExpertSpec, ModelSpec
 
@@ -302,6 +304,11 @@ class WeightBuilder:
         has_bias = f"{prefix}down_proj.bias" in self.source
         return self.mlp(prefix, experts.intermediate_size, part="routed_experts", has_bias=has_bias)
 
+    def expert_is_in_panels(self, experts: ExpertSpec) -> bool:
+        """Whether the native kernels work on routed experts of this width."""
+        widths = self.spec.hidden_size, experts.intermediate_size
+        return all(takes_panels(self.dtype, self.device, width) for width in widths)
+
     def _streamed(self, streaming: Streaming, experts: ExpertSpec, first: int, *, layer: int) -> ExpertTable:
         """The table of a layer whose experts are read as they are chosen. The slots of all layers are counted once."""
         if first not in self.stores:
@@ -352,7 +359,7 @@ class WeightBuilder:
             return BnbInt8Linear(self.staged(in_features, parts).to(self.device), bias)
         return self.torch_dense(in_features, parts, bias) if part == "vision" else self.dense(in_features, parts, bias)
 
-    def _packed_linear(self, packed: Packed, bias: Tensor | None) -> Linear:
+    def _packed_linear(self, packed: StoredMatrix, bias: Tensor | None) -> Linear:
         return build_packed_linear(packed, bias, self.dtype, self._memory, is_staged=self._is_staged)
 
     def packed(self, name: str, part: Literal["embedding", "head"]) -> PackedInt8 | None:
@@ -363,7 +370,7 @@ class WeightBuilder:
         assert packed is None or isinstance(packed, PackedInt8)
         return packed
 
-    def stored(self, parts: Mapping[str, int], in_features: int) -> Sequence[Packed] | None:
+    def stored(self, parts: Mapping[str, int], in_features: int) -> Sequence[StoredMatrix] | None:
         """The matrix as the files hold it, if they hold it quantised, in as many pieces as cannot be joined."""
         if self._packed_source is None:
             return None
@@ -417,21 +424,6 @@ class WeightBuilder:
     def _count(self, part: WeightPart, linear: Linear) -> None:
         self.placed[part] += linear.code_bytes
         self.placed["scales"] += linear.scale_bytes
-
-
-class Staging:
-    """One buffer that weights are read into before they are packed or quantised, over and over: a fresh one each time
-    would leave holes in the heap, a tenth of the model in all. It lies outside the heap, which would keep it."""
-
-    def __init__(self) -> None:
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-
-    def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Room for a matrix, until the next call."""
-        num_bytes = math.prod(shape) * dtype.itemsize
-        if len(self._buffer) < num_bytes:
-            self._buffer = PanelMemory().take((num_bytes,), torch.uint8)
-        return self._buffer[:num_bytes].view(dtype).view(shape)
 
 
 def _weights(parts: Mapping[str, int]) -> dict[str, int]:

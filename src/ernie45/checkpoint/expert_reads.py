@@ -10,6 +10,8 @@ from ernie45.checkpoint.headers import TensorInfo
 from ernie45.checkpoint.open import Checkpoint, expert_tensors, open_source
 from ernie45.checkpoint.staged_reads import StagedReader
 
+_READY = (".panels", ".row_scales")
+
 
 @final
 class ExpertReader:
@@ -22,12 +24,15 @@ class ExpertReader:
         self._staged, self._tensors = StagedReader(), tensors
         self.source = open_source(checkpoint, adapter, reader=self._staged)
 
-    def stage(self, prefix: str) -> None:
-        """Read the expert whose -PT names begin so: "model.layers.3.mlp.experts.17.".
+    def stage(self, prefix: str, room: memoryview | None) -> None:
+        """Read the expert whose -PT names begin so: "model.layers.3.mlp.experts.17.". One that is stored as the native
+        kernels have it in memory is read into `room`, if there is one and it fits.
 
         Raises CheckpointError, or CorruptFileError, where a file is gone, cannot be read or is cut short.
         """
-        self._staged.stage(self._tensors[prefix])
+        tensors = self._tensors[prefix]
+        is_ready = all(info.name.endswith(_READY) for info in tensors)
+        self._staged.stage(tensors, room if is_ready else None)
 
 
 def expert_readers(checkpoint: Checkpoint, adapter: Adapter | None) -> Callable[[], ExpertReader]:

@@ -20,8 +20,9 @@ from ernie45.checkpoint.progress import Advance
 from ernie45.checkpoint.read import TORCH_DTYPES, TensorSource
 from ernie45.checkpoint.staged_reads import StagedReader
 from ernie45.errors import CorruptFileError, TensorError
-from ernie45.presets import QuantPreset
-from ernie45.quantization.packed import Packed, PackedInt4, PackedInt8
+from ernie45.presets import INT4_GROUP, QuantPreset
+from ernie45.quantization.packed import PackedInt4, PackedInt8
+from ernie45.quantization.panels import PANEL_ROWS, PanelInt4, StoredMatrix, panel_shape
 
 _FUSED: Mapping[tuple[str, ...], str] = {
     ("q_proj", "k_proj", "v_proj"): "qkv_proj",
@@ -70,13 +71,15 @@ class PackedCheckpointSource:
     def __contains__(self, name: object) -> bool:
         if not isinstance(name, str):
             return False
-        return name in self._source or f"{name.removesuffix('.weight')}.codes" in self._index.tensors
+        return name in self._source or self._holds(name.removesuffix(".weight"))
 
     def read_into(self, out: Tensor, parts: Mapping[str, int]) -> None:
         """As `source` reads it."""
         self._source.read_into(out, parts)
 
-    def read_packed(self, parts: Mapping[str, int], in_features: int, device: torch.device) -> Sequence[Packed] | None:
+    def read_packed(
+        self, parts: Mapping[str, int], in_features: int, device: torch.device
+    ) -> Sequence[StoredMatrix] | None:
         """The packed matrix, as one or, where the parts are stored apart, as one each; on "meta" its shapes only. None
         where it is stored plainly, and the preset says so.
 
@@ -84,26 +87,39 @@ class PackedCheckpointSource:
         """
         self._drop_copied_pages()
         stored = {packed_name(parts): sum(parts.values())}
-        if all(f"{name}.codes" in self._index.tensors for name in parts):
+        if all(map(self._holds, parts)):
             stored = dict(parts)
-        elif f"{packed_name(parts)}.codes" not in self._index.tensors:
+        elif not self._holds(packed_name(parts)):
             if matrix_scheme(self._preset, parts, in_features) is None:
                 return None
             raise TensorError(
-                f"{self._index.folder} has no tensor '{packed_name(parts)}.codes', but by config.json it is packed as "
+                f"{self._index.folder} has no matrix {packed_name(parts)!r}, but by config.json it is packed as "
                 f"{self._preset.name!r}",
                 hint=_SAVE_AGAIN,
             )
         return [self._matrix(name, num_rows, in_features, device) for name, num_rows in stored.items()]
 
-    def _matrix(self, name: str, num_rows: int, in_features: int, device: torch.device) -> Packed:
-        is_int8 = self._index.tensors[f"{name}.codes"].dtype == "I8" or name in _LOOKED_UP
-        kind = PackedInt8 if is_int8 else PackedInt4
-        wanted = _int8_tensors(num_rows, in_features) if is_int8 else self._int4_tensors(name, num_rows, in_features)
+    def _holds(self, name: str) -> bool:
+        """Whether this matrix is stored packed."""
+        return f"{name}.panels" in self._index.tensors or f"{name}.codes" in self._index.tensors
+
+    def _matrix(self, name: str, num_rows: int, in_features: int, device: torch.device) -> StoredMatrix:
+        if f"{name}.panels" in self._index.tensors and name not in _LOOKED_UP and in_features % INT4_GROUP == 0:
+            tensors = self._tensors(name, _panel_tensors(num_rows, in_features), device)
+            return PanelInt4(**tensors, out_features=num_rows, in_features=in_features)
+        codes = self._index.tensors.get(f"{name}.codes")
+        if name in _LOOKED_UP or (codes is not None and codes.dtype == "I8"):
+            return PackedInt8(**self._tensors(name, _int8_tensors(num_rows, in_features), device))
+        return PackedInt4(**self._tensors(name, self._int4_tensors(name, num_rows, in_features), device))
+
+    def _tensors(
+        self, name: str, wanted: Mapping[str, tuple[str, tuple[int, ...]]], device: torch.device
+    ) -> dict[str, Tensor]:
+        """Those of a matrix by the end of their names; `wanted` are their dtypes and shapes."""
         for leaf, (dtype, shape) in wanted.items():
             self._check_fit(f"{name}.{leaf}", dtype, shape)
         if device.type == "meta":
-            return kind(**{leaf: self._read(f"{name}.{leaf}", device) for leaf in wanted})
+            return {leaf: self._read(f"{name}.{leaf}", device) for leaf in wanted}
         if self._reader is not None:
             tensors = {leaf: self._staged(f"{name}.{leaf}", self._reader) for leaf in wanted}
         else:
@@ -115,7 +131,7 @@ class PackedCheckpointSource:
             _check_values(f"{name}.{leaf}", tensor)
         if self._advance is not None:
             self._advance(sum(tensor.nbytes for tensor in tensors.values()))
-        return kind(**{leaf: tensor.to(device) for leaf, tensor in tensors.items()})
+        return {leaf: tensor.to(device) for leaf, tensor in tensors.items()}
 
     def _int4_tensors(self, name: str, num_rows: int, in_features: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """dtype and shape of the tensors of a 4-bit matrix, by the end of their names; the scales decide."""
@@ -196,6 +212,12 @@ class PackedCheckpointSource:
 def _int8_tensors(num_rows: int, in_features: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     """dtype and shape of the tensors of an 8-bit matrix, by the end of their names."""
     return {"codes": ("I8", (num_rows, in_features)), "scales": ("F32", (num_rows,))}
+
+
+def _panel_tensors(num_rows: int, in_features: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """dtype and shape of the tensors of a 4-bit matrix of our own."""
+    panels = panel_shape(num_rows, in_features)
+    return {"panels": ("U8", panels), "row_scales": ("F32", (panels[0] * PANEL_ROWS,))}
 
 
 def _check_values(key: str, tensor: Tensor) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from ernie45.errors import ConfigError, InvalidRequestError, UnsupportedError
 from ernie45.presets import Part, QuantPreset, Scheme
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _METHOD = "ernie45"
 _STORED = (None, "int8", "int4")

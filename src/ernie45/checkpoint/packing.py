@@ -48,7 +48,8 @@ from ernie45.checkpoint.write import (
 )
 from ernie45.errors import InvalidRequestError, UnsupportedError
 from ernie45.presets import INT4_GROUP, QuantPreset, Scheme
-from ernie45.quantization.packed import Packed, empty_packed
+from ernie45.quantization.packed import PackedInt8, empty_packed
+from ernie45.quantization.panels import PANEL_ROWS, StoredMatrix, empty_panels, in_panels, pad_rows
 from ernie45.quantization.quantize import quantize_into
 from ernie45.types.reports import IgnoredTensor
 
@@ -257,19 +258,22 @@ class UnitReader:
     def _quantised(self, step: Step, matrix: Matrix, scheme: Scheme) -> Iterator[memoryview]:
         """A matrix's codes, rounded as a build does it, some rows at a time in the same memory; its other tensors are
         kept."""
-        room_rows = min(matrix.shape[0], max(1, BLOCK_BYTES // matrix.in_features))
+        room_rows = min(matrix.shape[0], max(PANEL_ROWS, BLOCK_BYTES // matrix.in_features // PANEL_ROWS * PANEL_ROWS))
         cpu = torch.device("cpu")
         codes = empty_packed(scheme, room_rows, matrix.in_features, INT4_GROUP, cpu).codes
         packed = empty_packed(scheme, *matrix.shape, INT4_GROUP, cpu, lambda shape, dtype: codes)
         first = 0
         for block in self._read_rows(matrix):
             for rows in block.split(room_rows):
-                piece = {leaf: tensor[first : first + len(rows)] for leaf, tensor in packed.tensors().items()}
-                piece["codes"] = codes[: len(rows)]
-                quantize_into(type(packed)(**piece), rows)
+                tensors = {leaf: tensor[first : first + len(rows)] for leaf, tensor in packed.tensors().items()}
+                tensors["codes"] = codes[: len(rows)]
+                piece = type(packed)(**tensors)
+                quantize_into(piece, rows)
                 first += len(rows)
-                yield bytes_of(piece["codes"])
-        self._made = {_name(unit): packed.tensors()[_leaf(unit)] for unit in step.units[1:]}
+                yield bytes_of(piece.codes if isinstance(piece, PackedInt8) else in_panels(piece).panels)
+        scales = packed.scales if isinstance(packed, PackedInt8) else packed.row_scales
+        assert scales is not None
+        self._made = {_name(step.units[1]): scales if isinstance(packed, PackedInt8) else pad_rows(scales)}
 
     def _read_rows(self, matrix: Matrix) -> Iterator[Tensor]:
         weights = _weights(matrix.parts)
@@ -333,9 +337,11 @@ class _Recorder:
                 unit = replace(unit, dtype=_STORED_NAMES[out.dtype])
             self.steps.append(Step(units=(unit,)))
 
-    def read_packed(self, parts: Mapping[str, int], in_features: int, device: torch.device) -> Sequence[Packed] | None:
+    def read_packed(
+        self, parts: Mapping[str, int], in_features: int, device: torch.device
+    ) -> Sequence[StoredMatrix] | None:
         scheme: Scheme | None = None
-        stored = None
+        stored: Sequence[StoredMatrix] | None = None
         if isinstance(self._source, PackedSource):
             stored = self._source.read_packed(parts, in_features, device)
         if stored is None:
@@ -344,7 +350,10 @@ class _Recorder:
                 return None
             num_rows = sum(parts.values())
             self._source.read_into(torch.empty((num_rows, in_features), device=device), _weights(parts))
-            stored = [empty_packed(scheme, num_rows, in_features, INT4_GROUP, device)]
+            if scheme == "int4":
+                stored = [empty_panels(num_rows, in_features, device)]
+            else:
+                stored = [empty_packed(scheme, num_rows, in_features, INT4_GROUP, device)]
         names = [packed_name(parts)] if len(stored) == 1 else list(parts)
         units = tuple(
             _unit(f"{name}.{leaf}", tensor)
@@ -374,7 +383,3 @@ def _weights(parts: Mapping[str, int]) -> dict[str, int]:
 
 def _name(unit: Unit) -> str:
     return next(iter(unit.rows))
-
-
-def _leaf(unit: Unit) -> str:
-    return _name(unit).rpartition(".")[2]

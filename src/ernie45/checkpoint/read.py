@@ -17,7 +17,7 @@ from ernie45.checkpoint.layouts import Layout, Piece
 from ernie45.checkpoint.progress import Advance
 from ernie45.checkpoint.range_reads import ByteSource, RangeReader
 from ernie45.errors import CorruptFileError, TensorError
-from ernie45.quantization.packed import Packed
+from ernie45.quantization.panels import StoredMatrix
 
 BLOCK_BYTES = 16 << 20
 """Most bytes read at a time, and the size of the staging buffer: enough for full speed, and little memory."""
@@ -62,7 +62,9 @@ class TensorSource(Protocol):
 class PackedSource(TensorSource, Protocol):
     """A source that has matrices quantised already."""
 
-    def read_packed(self, parts: Mapping[str, int], in_features: int, device: torch.device) -> Sequence[Packed] | None:
+    def read_packed(
+        self, parts: Mapping[str, int], in_features: int, device: torch.device
+    ) -> Sequence[StoredMatrix] | None:
         """The matrices of these -PT module names (without ".weight") and output widths, stacked where they can be, on
         `device`; None where they are not stored quantised.
 

@@ -19,7 +19,9 @@ from ernie45.checkpoint.large_pages import map_large_pages
 from ernie45.checkpoint.range_reads import read_fully
 from ernie45.errors import CheckpointError, CorruptFileError
 
-_BLOCK_BYTES = 4096  # direct reads begin and end where a block does
+BLOCK_BYTES = 4096
+"""Direct reads begin and end at multiples of it, in files and in memory."""
+
 _JOINED_GAP_BYTES = 64 << 10  # to read over it takes less time than another read
 _NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
 
@@ -36,17 +38,18 @@ class _Range:
     @property
     def lead(self) -> int:
         """Bytes between the start of its first block and `start`."""
-        return self.start % _BLOCK_BYTES
+        return self.start % BLOCK_BYTES
 
     @property
     def end(self) -> int:
         """Where its last block ends in the buffer."""
-        return -(-(self.place + self.stop - self.start) // _BLOCK_BYTES) * _BLOCK_BYTES
+        return -(-(self.place + self.stop - self.start) // BLOCK_BYTES) * BLOCK_BYTES
 
 
 @final
 class StagedReader:
-    """Keeps the bytes of the tensors that were staged last, in memory that is used again for the next.
+    """Keeps the bytes of the tensors that were staged last, in memory that is used again for the next: in large pages,
+    where a disk has fewer places to write to and is up to twice as fast (docs/decisions/0025-streamed-reads.md).
 
     Files are read past the page cache, where expert after expert would drive out what is needed more; on file systems
     that refuse that, their pages are dropped after reading. They are opened for each `stage`, so that one which is put
@@ -54,11 +57,12 @@ class StagedReader:
     """
 
     def __init__(self) -> None:
-        self._buffer = _room(_BLOCK_BYTES)
+        self._own = self._buffer = memoryview(b"")
         self._staged: tuple[_Range, ...] = ()
 
-    def stage(self, infos: Sequence[TensorInfo]) -> None:
-        """Read these tensors, and drop the ones before.
+    def stage(self, infos: Sequence[TensorInfo], room: memoryview | None = None) -> None:
+        """Read these tensors, and drop the ones before; into `room`, which begins at a multiple of 4,096 bytes, where
+        they lie in the files so that they fit in there.
 
         Raises:
             CheckpointError: a file is gone, or cannot be read.
@@ -67,8 +71,13 @@ class StagedReader:
         """
         self._staged = ()  # should this fail
         ranges = _joined(infos)
-        if ranges and ranges[-1].end > len(self._buffer):
-            self._buffer = _room(ranges[-1].end)
+        num_bytes = ranges[-1].end if ranges else 0
+        if room is not None and num_bytes <= len(room):
+            self._buffer = room
+        else:
+            if num_bytes > len(self._own):
+                self._own = memoryview(map_large_pages(num_bytes, "to read an expert into"))
+            self._buffer = self._own
         for file, its_ranges in groupby(ranges, key=lambda stretch: stretch.file):
             self._read_file(file, tuple(its_ranges))
         self._staged = ranges
@@ -110,7 +119,7 @@ class StagedReader:
             with _opened(file, os.O_RDONLY | os.O_DIRECT) as descriptor:
                 for stretch in ranges:
                     target = self._buffer[stretch.place - stretch.lead : stretch.end]
-                    num_bytes = read_fully(descriptor, stretch.start - stretch.lead, target, block_bytes=_BLOCK_BYTES)
+                    num_bytes = read_fully(descriptor, stretch.start - stretch.lead, target, block_bytes=BLOCK_BYTES)
                     _check_read(stretch, descriptor, num_bytes - stretch.lead)
         except CheckpointError as error:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno in _NOT_DIRECT:
@@ -129,14 +138,8 @@ def _joined(infos: Sequence[TensorInfo]) -> tuple[_Range, ...]:
             ranges[-1] = _Range(file=last.file, start=last.start, stop=max(last.stop, stop), place=last.place)
         else:
             first = 0 if last is None else last.end
-            ranges.append(_Range(file=info.file, start=info.start, stop=stop, place=first + info.start % _BLOCK_BYTES))
+            ranges.append(_Range(file=info.file, start=info.start, stop=stop, place=first + info.start % BLOCK_BYTES))
     return tuple(ranges)
-
-
-def _room(num_bytes: int) -> memoryview:
-    """In large pages a disk has fewer places to write to, and is up to twice as fast
-    (docs/decisions/0025-streamed-reads.md)."""
-    return memoryview(map_large_pages(num_bytes, "to read an expert into"))
 
 
 @contextlib.contextmanager

@@ -57,8 +57,8 @@ class ExpertCache(Generic[Expert]):
     def lease(
         self, keys: Sequence[int], meanwhile: Callable[[], None] | None = None
     ) -> Generator[Sequence[tuple[int, Expert]], None, None]:
-        """The experts of these keys, in their order, in groups as they arrive. Those of a group stay until the next is
-        asked for. Any number of keys will do, however few slots there are. To be closed before the next lease.
+        """The experts of these keys, in groups as they arrive. Those of a group stay until the next is asked for. Any
+        number of keys will do, however few slots there are. To be closed before the next lease.
 
         What there is to do `meanwhile` is done once as many are being read as have room, before any is waited for.
 
@@ -68,29 +68,27 @@ class ExpertCache(Generic[Expert]):
         proven = self._unproven.intersection(keys)
         self._unproven -= proven
         self._good_guesses += len(proven)
-        first = asked = 0
+        num_asked, waiting = 0, list[int]()
         try:
-            while first < len(keys):
-                while asked < len(keys) and self._ask(keys[asked], keys[asked + 1 :]):
-                    asked += 1
+            while num_asked < len(keys) or waiting:
+                while num_asked < len(keys) and self._ask(keys[num_asked], keys[num_asked + 1 :]):
+                    waiting.append(keys[num_asked])
+                    num_asked += 1
                 if meanwhile is not None:
                     meanwhile()
                     meanwhile = None
-                started = time.perf_counter()
-                if asked == first:  # every slot is being filled ahead
-                    wait([self._filled[key] for key in self._ahead], return_when=FIRST_COMPLETED)
+                here = [key for key in waiting if self._filled[key].done()]
+                if not here:  # nor is any to come, where every slot is being filled ahead
+                    started = time.perf_counter()
+                    wait([self._filled[key] for key in waiting or self._ahead], return_when=FIRST_COMPLETED)
                     self._stall_seconds += time.perf_counter() - started
                     continue
-                group = [(keys[first], self._filled[keys[first]].result())]
-                self._stall_seconds += time.perf_counter() - started
-                while (last := first + len(group)) < asked and self._filled[keys[last]].done():
-                    group.append((keys[last], self._filled[keys[last]].result()))
-                yield group
-                for key, _ in group:
+                yield [(key, self._filled[key].result()) for key in here]
+                for key in here:
                     self._can_go[key] = True
-                first += len(group)
+                waiting = [key for key in waiting if key not in here]
         finally:
-            self._release(keys[first:asked])
+            self._release(waiting)
 
     def read_ahead(self, keys: Sequence[int], most: int) -> None:
         """Have up to `most` of these experts read that are not there, the likeliest first: guesses of what is next.

@@ -13,7 +13,7 @@ from typing import Final
 
 from ernie45.errors import InvalidRequestError, UnsupportedError
 
-VERSION: Final = 3
+VERSION: Final = 4
 """Of the C interface: E45_VERSION in csrc/ernie45.h."""
 
 MOST_THREADS: Final = 256
@@ -22,7 +22,7 @@ MOST_THREADS: Final = 256
 FUNCTIONS: Final = (
     *("version", "isa", "isas", "use_isa", "set_threads", "workspace_bytes", "trim"),
     *("work_alone", "make_panels", "make_int4_panels", "linear", "lookup"),
-    *("attention", "mlp", "route", "experts", "layers", "head"),
+    *("attention", "mlp", "route", "experts", "add_outputs", "layers", "head"),
 )
 """Those of csrc/ernie45.h, without "e45_"."""
 

@@ -100,10 +100,10 @@ class RouterStruct(ctypes.Structure):
     ]
 
 
-class RangeStruct(ctypes.Structure):
-    """`E45Range`."""
+class PartStruct(ctypes.Structure):
+    """`E45Part`."""
 
-    _fields_: ClassVar = [("first", _NUMBER), ("end", _NUMBER), ("num_experts", _NUMBER), ("sums", _ADDRESS)]
+    _fields_: ClassVar = [("numbers", _ADDRESS), ("count", _NUMBER), ("outputs", _ADDRESS)]
 
 
 class LayerStruct(ctypes.Structure):
@@ -128,6 +128,9 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "route": (_ADDRESS, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER, _ADDRESS, _ADDRESS),
     "experts": (
         _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _NUMBER, _ADDRESS, _NUMBER, _NUMBER
+    ),
+    "add_outputs": (
+        _ADDRESS, _NUMBER, _ADDRESS, _ADDRESS, _NUMBER, _ADDRESS, _NUMBER, _NUMBER, _NUMBER
     ),
     "layers": (_ADDRESS, _ADDRESS, _NUMBER, _ADDRESS, _ADDRESS, _NUMBER),
     "head": (_ADDRESS, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER, _ADDRESS),
@@ -201,18 +204,45 @@ class Kernels:
         chosen: Tensor,
         shares: Tensor,
         x: Tensor,
-        numbers: range | None = None,
-        sums: Tensor | None = None,
     ) -> None:
         """x += the sum of shares · experts(norm(x)) + shared(norm(x)); `table` has the address of an `MlpStruct` for
-        each expert, of which only chosen ones are read.
+        each expert, of which only chosen ones are read."""
+        self._experts(norm, table, PartStruct(None, len(table), None), shared, chosen, shares, x)
 
-        Where not all are in memory at once, calls for some `numbers` after the others, the shared MLP being -1, with
-        the same `sums` float32 [N, h], give the bits of one call. Each must have something to add; the last changes x.
-        """
-        numbers = numbers or range(-1, len(table))
-        sums_address = None if sums is None else sums.data_ptr()
-        part = RangeStruct(numbers.start, numbers.stop, len(table), sums_address)
+    def expert_outputs(
+        self,
+        norm: NormStruct,
+        table: ctypes.Array[ctypes.c_void_p],
+        shared: MlpStruct | None,
+        chosen: Tensor,
+        shares: Tensor,
+        x: Tensor,
+        numbers: Sequence[int],
+        outputs: Tensor,
+    ) -> None:
+        """What the experts of these `numbers`, and a shared MLP, give -> their rows of `outputs` float32
+        [N · K + N, h]: those of the choices, then of the tokens. There must be an expert that was chosen, or the shared
+        MLP."""
+        listed = (ctypes.c_int64 * len(numbers))(*numbers)
+        part = PartStruct(ctypes.addressof(listed), len(numbers), outputs.data_ptr())
+        self._experts(norm, table, part, shared, chosen, shares, x)
+
+    def add_outputs(self, outputs: Tensor, *, has_shared: bool, chosen: Tensor, shares: Tensor, x: Tensor) -> None:
+        """As `experts`, with the same bits, once all are among the `outputs`."""
+        addresses = chosen.data_ptr(), shares.data_ptr()
+        sizes = *x.shape, _DTYPES[x.dtype]
+        self._call("add_outputs", outputs.data_ptr(), has_shared, *addresses, chosen.shape[1], x.data_ptr(), *sizes)
+
+    def _experts(
+        self,
+        norm: NormStruct,
+        table: ctypes.Array[ctypes.c_void_p],
+        part: PartStruct,
+        shared: MlpStruct | None,
+        chosen: Tensor,
+        shares: Tensor,
+        x: Tensor,
+    ) -> None:
         self._call(
             "experts",
             ctypes.addressof(norm),

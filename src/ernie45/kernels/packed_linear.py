@@ -16,6 +16,7 @@ from ernie45.kernels.int4_order import kernel_codes
 from ernie45.kernels.linear import Linear, bias_bytes
 from ernie45.kernels.panels import PanelMemory, packed_panels, takes_panels
 from ernie45.quantization.packed import INT4_ZERO, Packed, PackedInt4, PackedInt8, num_bytes
+from ernie45.quantization.panels import PanelInt4, StoredMatrix, in_rows
 from ernie45.quantization.quantize import int8_scales
 
 _KERNEL_GROUPS = (256, 128, 64, 32)  # group sizes of torch's 4-bit kernel
@@ -25,7 +26,7 @@ _SCALED_VALUES = 1 << 19  # outputs that are scaled at a time
 
 
 def build_packed_linear(
-    packed: Packed,
+    packed: StoredMatrix,
     bias: Tensor | None,
     dtype: torch.dtype,
     memory: PanelMemory | None = None,
@@ -39,13 +40,16 @@ def build_packed_linear(
     holes in the heap then. Where the native kernels serve, it must come from `memory`. With `is_staged` the matrix is
     overwritten by the next, and what is kept of it is copied.
     """
-    if takes_panels(dtype, packed.codes.device, packed.in_features):
+    device = next(iter(packed.tensors().values())).device
+    if takes_panels(dtype, device, packed.in_features):
         panels = packed_panels(packed, bias, memory or PanelMemory(), in_place=in_place)
         if panels is not None:
             return panels
-    if is_staged:
+    if isinstance(packed, PanelInt4):
+        packed, in_place = in_rows(packed), True
+    elif is_staged:
         packed = type(packed)(**{name: tensor.clone() for name, tensor in packed.tensors().items()})
-    on_cpu = packed.codes.device.type == "cpu"
+    on_cpu = device.type == "cpu"
     if on_cpu and isinstance(packed, PackedInt8):
         return Int8Linear(packed, bias, dtype)
     if on_cpu and isinstance(packed, PackedInt4) and kernel_group(packed) is not None:

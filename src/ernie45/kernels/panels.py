@@ -12,15 +12,14 @@ from ernie45.checkpoint.large_pages import map_large_pages
 from ernie45.kernels.linear import bias_bytes
 from ernie45.kernels.native import NATIVE_DTYPES, MatrixStruct, kernels
 from ernie45.presets import INT4_GROUP
-from ernie45.quantization.packed import Packed, PackedInt8
+from ernie45.quantization.packed import PackedInt8
+from ernie45.quantization.panels import PANEL_ROWS, PanelInt4, StoredMatrix, pad_rows, panel_shape
 
-_PANEL = 64
 _COLUMNS = 32  # the kernels want multiples of it
 _MOST_COLUMNS = 1 << 16  # rows lie on the stack
 _INT8_FLIP = 0x80  # codes lie there with 128 added
 _DENSE, _INT8, _INT4 = range(3)
 _CODE_BITS = (16, 8, 4)
-_GROUPS_A_DWORD = 4  # of int4, whose scales lie side by side
 _PIECE_BYTES = 64 * 2**20
 _LINE_BYTES = 64
 
@@ -28,7 +27,8 @@ _LINE_BYTES = 64
 @final
 class PanelMemory:
     """Memory for weights, mapped in large pieces for which the system is asked to use large pages; or that of `room`
-    [bytes], beside which matrices lie on the heap whose rows were padded to whole panels in no plan.
+    [bytes], beside which matrices lie on the heap whose rows were padded to whole panels in no plan. What lies in the
+    room already stays where it is.
 
     All weights are read in every step, which takes a quarter longer with pages of 4 KiB
     (docs/decisions/0020-native-kernels.md). A piece is given back once no tensor lies in it.
@@ -36,13 +36,13 @@ class PanelMemory:
 
     def __init__(self, room: Tensor | None = None) -> None:
         self._rest = torch.empty(0, dtype=torch.uint8) if room is None else room
-        self._can_grow = room is None
+        self._room = room
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor."""
         num_bytes = math.prod(shape) * dtype.itemsize
         if num_bytes > len(self._rest):
-            if not self._can_grow:
+            if self._room is not None:
                 return torch.empty(shape, dtype=dtype)
             piece = map_large_pages(max(_PIECE_BYTES, num_bytes), "for weights")
             self._rest = torch.frombuffer(piece, dtype=torch.uint8)
@@ -52,7 +52,25 @@ class PanelMemory:
 
     def copy(self, x: Tensor) -> Tensor:
         """The same tensor, here."""
+        if self._room is not None and 0 <= x.data_ptr() - self._room.data_ptr() < self._room.nbytes:
+            return x
         return self.take(tuple(x.shape), x.dtype).copy_(x)
+
+
+@final
+class Staging:
+    """One buffer that is used over and over, in place of a fresh one each time, which would leave holes in the heap, a
+    tenth of the model in all where weights are read. It lies outside the heap, which would keep it."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Room for a tensor, until the next call."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if len(self._buffer) < num_bytes:
+            self._buffer = PanelMemory().take((num_bytes,), torch.uint8)
+        return self._buffer[:num_bytes].view(dtype).view(shape)
 
 
 @final
@@ -131,25 +149,26 @@ def dense_panels(rows: Tensor, out_features: int, bias: Tensor | None) -> PanelL
 
 
 def packed_panels(
-    packed: Packed, bias: Tensor | None, memory: PanelMemory, *, in_place: bool = False
+    packed: StoredMatrix, bias: Tensor | None, memory: PanelMemory, *, in_place: bool = False
 ) -> PanelLinear | None:
     """Of a quantised matrix, whose int8 codes lie in `memory` with `in_place`; all others are copied there. None for
     what the kernels do not know: zeros or an order of GPTQ's, and its groups."""
     if isinstance(packed, PackedInt8):
         codes = _codes(packed, memory, in_place=in_place)
-        row_scales = memory.copy(_padded_rows(packed.scales))
+        row_scales = memory.copy(pad_rows(packed.scales))
         return _put(_INT8, codes, packed.in_features, packed.out_features, bias, row_scales)
+    if isinstance(packed, PanelInt4):
+        kept = {name: memory.copy(tensor) for name, tensor in packed.tensors().items()}
+        return PanelLinear(_INT4, kept["panels"], packed.in_features, packed.out_features, bias, kept["row_scales"])
     if packed.row_scales is None or packed.zeros is not None or packed.input_order is not None:
         return None
     if packed.group_size != INT4_GROUP:
         return None
     native = kernels()
     assert native is not None
-    num_groups = packed.scales.shape[1]
-    bytes_per_row = packed.codes.shape[1] + 4 * -(-num_groups // _GROUPS_A_DWORD)
-    panels = memory.take((_padded(packed.out_features), bytes_per_row), torch.uint8)
+    panels = memory.take(panel_shape(packed.out_features, packed.in_features), torch.uint8)
     native.make_int4_panels(packed.codes.contiguous(), packed.scales.contiguous(), panels)
-    row_scales = memory.copy(_padded_rows(packed.row_scales))
+    row_scales = memory.copy(pad_rows(packed.row_scales))
     return PanelLinear(_INT4, panels, packed.in_features, packed.out_features, bias, row_scales)
 
 
@@ -170,7 +189,7 @@ def _put(
 def _codes(packed: PackedInt8, memory: PanelMemory, *, in_place: bool) -> Tensor:
     """The codes, or a copy of them, in `memory`, padded to whole panels."""
     num_rows, num_columns = packed.codes.shape
-    if in_place and num_rows % _PANEL == 0:
+    if in_place and num_rows % PANEL_ROWS == 0:
         return packed.codes
     room = memory.take((_padded(num_rows), num_columns), packed.codes.dtype)
     room[:num_rows] = packed.codes
@@ -178,11 +197,5 @@ def _codes(packed: PackedInt8, memory: PanelMemory, *, in_place: bool) -> Tensor
     return room
 
 
-def _padded_rows(x: Tensor) -> Tensor:
-    """x [N, …] with rows of zeros up to a whole panel; x itself where there are none to add."""
-    missing = _padded(len(x)) - len(x)
-    return torch.cat((x, x.new_zeros((missing, *x.shape[1:])))) if missing else x.contiguous()
-
-
 def _padded(out_features: int) -> int:
-    return -(-out_features // _PANEL) * _PANEL
+    return -(-out_features // PANEL_ROWS) * PANEL_ROWS

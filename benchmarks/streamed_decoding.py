@@ -9,14 +9,15 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from ernie45 import ErnieModel
+from ernie45 import ErnieModel, MemoryPlan, RoutingTrace, plan_memory
 from ernie45.memory.disk_rate import disk_rate
 from ernie45.types.stats import ExpertCounts
 
-PROMPT_TOKENS = 16
+PROMPT_TOKENS = 24  # a prompt of up to 16 would be counted as decoding by replays
 _CONTEXT_TOKENS = 1024
 _WARM_UP_TOKENS = 64  # of a prompt that fills the slots
 # Below these ids are special tokens, digits and bytes; above are unused ones.
@@ -25,7 +26,9 @@ _LOWEST_ID, _HIGHEST_ID = 300, 100_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
-    """What is run: a model with a limit, and for each of `rows` so many requests at a time, `num_prompts` times."""
+    """What is run: a model with a limit, and for each of `rows` so many requests at a time, `num_prompts` times.
+
+    What is chosen is recorded to the file `record_to`, or the plan made by what `planned_by` holds."""
 
     folder: str
     limit: str
@@ -33,6 +36,8 @@ class Turn:
     new_tokens: int
     rows: Sequence[int]
     seed: int
+    record_to: str | None = None
+    planned_by: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,11 +81,13 @@ class Decoded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """One process. `expert_slots` and what follows were planned, None where nothing streams; `disk_rates` are bytes a
-    second, read before and after decoding; `peak_bytes` is the most that the process had in memory."""
+    """One process. `expert_slots` and what follows were planned, None where nothing streams, and `even_hit_rate` as if
+    all experts were chosen equally often; `disk_rates` are bytes a second, read before and after decoding; `peak_bytes`
+    is the most that the process had in memory."""
 
     expert_slots: int | None
     num_experts: int | None
+    even_hit_rate: float | None
     hit_rate: float | None
     read_bytes: int | None
     seconds: float | None
@@ -104,23 +111,27 @@ def run(turn: Turn) -> Report:
         max_batch=max(turn.rows),
         progress=False,
     ) as model:
-        plan = model.plan
         disk_rates = [_disk_rate(folder)]
         warm_up = _prompts(draw, 1, _WARM_UP_TOKENS)
         model.generate(warm_up[0], max_new_tokens=2, temperature=1.0, ignore_eos=True)
-        decoded = [
-            Decoded.together(
-                [
-                    _decode(model, _prompts(draw, rows, PROMPT_TOKENS), turn.new_tokens, draw.randrange(2**31))
-                    for _ in range(turn.num_prompts)
-                ]
-            )
-            for rows in turn.rows
-        ]
+        with nullcontext() if turn.record_to is None else model.trace_routing() as recording:
+            decoded = [
+                Decoded.together(
+                    [
+                        _decode(model, _prompts(draw, rows, PROMPT_TOKENS), turn.new_tokens, draw.randrange(2**31))
+                        for _ in range(turn.num_prompts)
+                    ]
+                )
+                for rows in turn.rows
+            ]
+        if recording is not None:
+            recording.trace.save(str(turn.record_to))
         disk_rates.append(_disk_rate(folder))
+        plan = _plan(turn)
         return Report(
             expert_slots=None if plan.expert_slots is None else plan.expert_slots.text,
             num_experts=None if plan.num_experts is None else plan.num_experts.text,
+            even_hit_rate=model.plan.expert_hit_rate,
             hit_rate=plan.expert_hit_rate,
             read_bytes=plan.expert_read_bytes,
             seconds=None if plan.tokens_per_second is None else 1 / plan.tokens_per_second,
@@ -128,6 +139,18 @@ def run(turn: Turn) -> Report:
             peak_bytes=_peak_bytes(),
             decoded=decoded,
         )
+
+
+def _plan(turn: Turn) -> MemoryPlan:
+    """Of the model, by what was recorded where something was."""
+    return plan_memory(
+        turn.folder,
+        device="cpu",
+        memory=turn.limit,
+        context_tokens=_CONTEXT_TOKENS,
+        max_batch=max(turn.rows),
+        routing=None if turn.planned_by is None else RoutingTrace.load(turn.planned_by),
+    )
 
 
 def _decode(model: ErnieModel, prompts: Sequence[Sequence[int]], num_new_tokens: int, seed: int) -> Decoded:

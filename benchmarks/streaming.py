@@ -5,7 +5,8 @@ python -m benchmarks.streaming FOLDER [--limits 4GiB 6GiB 8GiB 12GiB] [--prompts
                                [--json FILE] [--plot FILE.svg]
 
 Each repetition is a process of its own, in a memory cgroup where one can be made (Linux, as root), else with `memory=`
-alone. Tokens are drawn at temperature 1: checkpoints with random weights repeat themselves when decoding is greedy, and
+alone. One before them, with the last limit, records which experts are chosen for other prompts: that is what plans go
+by. Tokens are drawn at temperature 1: checkpoints with random weights repeat themselves when decoding is greedy, and
 what repeats itself finds its experts in memory. llama.cpp gets the same limit, with its file mapped into memory.
 """
 
@@ -17,8 +18,9 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,28 +64,38 @@ class Measured:
         )
 
 
-def measure(options: argparse.Namespace, limit: str, peer: Peer | None) -> Measured:
+def measure(options: argparse.Namespace, limit: str, trace: Path, peer: Peer | None) -> Measured:
     """ernie45 and the peer in turns, each in a group of its own with nothing of its files in the system's cache."""
     reports, peer_rates = [], []
     for repetition in range(options.repetitions):
-        turn = Turn(
-            folder=str(options.folder.resolve()),
-            limit=limit,
-            num_prompts=options.prompts,
-            new_tokens=options.new_tokens,
-            rows=options.rows,
-            seed=repetition,
-        )
-        with memory_group(parse_bytes(limit)) as group:
-            forget(options.folder)
-            command = group.command((sys.executable, "-m", "benchmarks.streamed_decoding", json.dumps(asdict(turn))))
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=_ROOT)
-        reports.append(_report(json.loads(done.stdout.splitlines()[-1])))
+        report, is_grouped = run(_turn(options, limit, seed=repetition, planned_by=str(trace)))
+        reports.append(report)
         print(f"{limit}, {repetition + 1}: {reports[-1]}", file=sys.stderr, flush=True)
         if peer is not None:
             peer_rates.append(_peer_rate(peer, limit, options.peer_tokens, repetition))
             print(f"{limit}, {repetition + 1}: llama.cpp {peer_rates[-1]:.2f} tokens/s", file=sys.stderr, flush=True)
-    return Measured(limit=limit, is_grouped=group.folder is not None, reports=reports, peer_rates=peer_rates)
+    return Measured(limit=limit, is_grouped=is_grouped, reports=reports, peer_rates=peer_rates)
+
+
+def run(turn: Turn) -> tuple[Report, bool]:
+    """In a process of its own; also whether that had a memory cgroup."""
+    with memory_group(parse_bytes(turn.limit)) as group:
+        forget(Path(turn.folder))
+        command = group.command((sys.executable, "-m", "benchmarks.streamed_decoding", json.dumps(asdict(turn))))
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=_ROOT)
+    return _report(json.loads(done.stdout.splitlines()[-1])), group.folder is not None
+
+
+def _turn(options: argparse.Namespace, limit: str, *, seed: int, **files: str) -> Turn:
+    return Turn(
+        folder=str(options.folder.resolve()),
+        limit=limit,
+        num_prompts=options.prompts,
+        new_tokens=options.new_tokens,
+        rows=options.rows,
+        seed=seed,
+        **files,
+    )
 
 
 def _report(values: dict[str, Any]) -> Report:
@@ -108,9 +120,9 @@ def _share_of_disk(report: Report, decoded: Decoded) -> float | None:
 def as_table(measured: Sequence[Measured]) -> str:
     """A Markdown table: of what is planned, the planned number before the measured one."""
     lines = [
-        "| limit | experts held | found in memory | MB missed a token | MB read | seconds a token | waited "
+        "| limit | experts held | of all | found in memory | MB missed a token | MB read | seconds a token | waited "
         "| disk, GB/s | of what the disk allows | peak, GiB |",
-        "| --- |" + " ---: |" * 9,
+        "| --- |" + " ---: |" * 10,
     ]
     lines += [f"| {' | '.join((each.limit, *_cells(each)))} |" for each in measured]
     return "\n".join(lines)
@@ -120,9 +132,10 @@ def _cells(measured: Measured) -> tuple[str, ...]:
     seconds = _pair(measured, lambda it: it.seconds, lambda it: 1 / it.decoded[0].tokens_per_second, "{:.3f}")
     peak = _one(measured, lambda it: it.peak_bytes / 2**30, "{:.2f}")
     if measured.reports[0].expert_slots is None:  # nothing streams
-        return ("all", "", "", "", seconds, "", "", "", peak)
+        return ("all", "", "", "", "", seconds, "", "", "", peak)
     return (
         _pair(measured, lambda it: it.expert_slots, lambda it: it.num_experts, "{:,.0f}", " of "),
+        _one(measured, lambda it: it.even_hit_rate, "{:.0%}"),
         _pair(measured, lambda it: it.hit_rate, lambda it: it.decoded[0].hit_rate, "{:.0%}"),
         _pair(measured, lambda it: (it.read_bytes or 0) / 1e6, lambda it: it.decoded[0].missed_bytes / 1e6, "{:,.0f}"),
         _one(measured, lambda it: it.decoded[0].read_bytes / it.decoded[0].num_tokens / 1e6, "{:,.0f}"),
@@ -197,7 +210,10 @@ def main() -> None:
     if options.peer_llama:
         # Not resolved: a virtual environment's Python is a link.
         peer = Peer(python=str(Path(options.peer_llama[0]).absolute()), file=Path(options.peer_llama[1]).resolve())
-    measured = [measure(options, limit, peer) for limit in options.limits]
+    with tempfile.TemporaryDirectory(prefix="ernie45-streaming-") as scratch:
+        trace = Path(scratch) / "trace.npz"
+        run(replace(_turn(options, options.limits[-1], seed=-1, record_to=str(trace)), rows=[1]))
+        measured = [measure(options, limit, trace, peer) for limit in options.limits]
     machine = describe_machine()
     print(f"{options.folder.name}\n\n{as_table(measured)}\n")
     print("\n".join(_rates(each, options.rows) for each in measured))

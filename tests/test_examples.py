@@ -26,10 +26,10 @@ EXPECTED = {
         "gave up on the long one\n",
     ],
     "larger_than_memory.py": [
-        "\n   6GiB: streams, 754 of 1,728 experts in memory, 2.2 GB read for a token\n",
+        "\n   6GiB: streams, 755 of 1,728 experts in memory, 2.2 GB read for a token\n",
         "\n  12GiB: fits\n",
         "\n   8GiB: does not fit\n",
-        "\n  24GiB: streams, 336 of 3,264 experts in memory, ",
+        "\n  24GiB: streams, 340 of 3,264 experts in memory, ",
         " tokens through 3 layers of 8 experts\n  with 6 in memory, ",
     ],
     "expert_traffic.py": [
@@ -41,7 +41,7 @@ EXPECTED = {
         "ERNIE-4.5-0.3B-PT       none, 0.7 GiB of weights: fits\n",
         "ERNIE-4.5-21B-A3B-PT    int8, 20.4 GiB of weights: fits\n",
         "ERNIE-4.5-VL-28B-A3B-PT int4, 15.8 GiB of weights: fits\n",
-        "ERNIE-4.5-300B-A47B-PT  int4, 20.6 GiB of weights: streams\n",
+        "ERNIE-4.5-300B-A47B-PT  int4, 20.7 GiB of weights: streams\n",
         "\nRemedies    1. It fits with ",
         "\ncuda:0 has attention of 28 layers and experts of ",
         "\ncpu has attention of 0 layers and experts of ",

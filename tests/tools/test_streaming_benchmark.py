@@ -33,6 +33,7 @@ def measured(limit: str, *, peer_rates: tuple[float, ...] = ()) -> Measured:
     report = Report(
         expert_slots=40,
         num_experts=100,
+        even_hit_rate=0.3,
         hit_rate=0.4,
         read_bytes=12_000_000,
         seconds=0.25,
@@ -53,7 +54,7 @@ def test_missed_are_those_read_when_wanted_and_those_guessed_rightly() -> None:
 def test_a_table_has_planned_before_measured() -> None:
     row = as_table([measured("6GiB")]).splitlines()[-1]
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [
-        *("6GiB", "40 of 100", "40% / 75%", "12 / 0", "0", "0.250 / 0.200"),
+        *("6GiB", "40 of 100", "30%", "40% / 75%", "12 / 0", "0", "0.250 / 0.200"),
         *("0.020", "0.00", "50%", "3.00"),  # 5 tokens a second, of 100,000 bytes a second over 10,000 a token
     ]
 
@@ -62,6 +63,7 @@ def test_what_was_not_planned_to_stream_has_no_numbers_for_it() -> None:
     resident = Report(
         expert_slots=None,
         num_experts=None,
+        even_hit_rate=None,
         hit_rate=None,
         read_bytes=None,
         seconds=0.1,
@@ -70,7 +72,7 @@ def test_what_was_not_planned_to_stream_has_no_numbers_for_it() -> None:
         decoded=[replace(PART, num_tokens=2, seconds=0.5, misses=0, guesses=0, good_guesses=0, read_bytes=0)],
     )
     row = as_table([Measured(limit="12GiB", is_grouped=True, reports=[resident], peer_rates=[])]).splitlines()[-1]
-    assert [cell.strip() for cell in row.split("|")[2:7]] == ["all", "", "", "", "0.100 / 0.250"]
+    assert [cell.strip() for cell in row.split("|")[2:8]] == ["all", "", "", "", "", "0.100 / 0.250"]
 
 
 def test_the_picture_has_a_point_for_each_limit_and_line() -> None:

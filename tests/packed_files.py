@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from ernie45.checkpoint.headers import read_json
-from ernie45.checkpoint.open import Checkpoint, open_checkpoint, open_source, read_config
+from ernie45.checkpoint.open import Checkpoint, open_checkpoint, open_source, open_survey, read_config
 from ernie45.checkpoint.packed import PackedCheckpointSource
+from ernie45.checkpoint.read import PackedSource
+from ernie45.errors import TensorError
 from ernie45.quantization.panels import PanelInt4, in_rows
 from ernie45.spec import parse_spec
 
@@ -27,6 +30,15 @@ def source_of(folder: Path, **options: Any) -> PackedCheckpointSource:
     source = open_source(opened(folder), **options)
     assert isinstance(source, PackedCheckpointSource)
     return source
+
+
+def check_refused(folder: Path, parts: Mapping[str, int], in_features: int, device: torch.device, message: str) -> None:
+    """That a matrix is neither read nor, on "meta", surveyed."""
+    checkpoint = opened(folder)
+    source = open_survey(checkpoint)[0] if device.type == "meta" else open_source(checkpoint)
+    assert isinstance(source, PackedSource)
+    with pytest.raises(TensorError, match=message):
+        source.read_packed(parts, in_features, device)
 
 
 def change_tensors(folder: Path, tensors: Mapping[str, torch.Tensor | None]) -> None:

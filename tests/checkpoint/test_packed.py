@@ -21,7 +21,7 @@ from ernie45.presets import PRESETS, QuantPreset
 from ernie45.quantization.packed import PackedInt8
 from ernie45.quantization.panels import PanelInt4, StoredMatrix
 from ernie45.saving import save_checkpoint
-from tests.packed_files import change_tensors, opened, source_of
+from tests.packed_files import change_tensors, check_refused, opened, source_of
 from tests.paddle_files import CONFIG, random_pt, write_checkpoint
 
 WIDE = {**CONFIG, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "tie_word_embeddings": False}
@@ -155,11 +155,7 @@ def test_what_does_not_fit_is_named(
     folder: Path, tensors: dict[str, torch.Tensor | None], message: str, device: torch.device
 ) -> None:
     change(folder, tensors)
-    checkpoint = opened(folder)
-    source = open_survey(checkpoint)[0] if device == META else open_source(checkpoint)
-    assert isinstance(source, PackedSource)
-    with pytest.raises(TensorError, match=message):
-        source.read_packed(QKV, 64, device)
+    check_refused(folder, QKV, 64, device, message)
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])

@@ -41,7 +41,7 @@ def call_all(native: Kernels, scheme: str, dtype: torch.dtype, hidden: int, num_
         later = sorted(set(chosen.flatten().tolist()).difference(first))
         for beside, numbers in ((shared, first), (None, later)):
             if numbers:
-                native.expert_outputs(norm.struct, bank.table, beside, chosen, shares, x, numbers, outputs)
+                native.experts(norm.struct, bank.table, beside, chosen, shares, x, numbers, outputs)
         native.add_outputs(outputs, has_shared=shared is not None, chosen=chosen, shares=shares, x=x)
     if scheme != "int4":
         native.lookup(matrix.linear.struct, torch.tensor([0, 64, 33]), dtype)

@@ -121,7 +121,7 @@ def test_experts_in_several_calls_are_the_bits_of_one(
         for has_shared, numbers in parts(chosen, shared=shared, seed=seed):
             # What is not there yet, or no more, is not looked at.
             there, beside = Bank(experts, numbers), shared_mlp.struct if has_shared else None
-            each_set.expert_outputs(norm.struct, there.table, beside, chosen, shares, x, numbers, outputs)
+            each_set.experts(norm.struct, there.table, beside, chosen, shares, x, numbers, outputs)
             assert torch.equal(x, before)
         each_set.add_outputs(outputs, has_shared=shared, chosen=chosen, shares=shares, x=x)
         assert torch.equal(x, expected)
@@ -131,7 +131,7 @@ def test_an_expert_that_nobody_chose_is_not_looked_at(each_set: Kernels) -> None
     experts, norm = [Mlp.draw(("int4", "int4"), 64, 64, seed=i) for i in range(3)], Norm(64)
     chosen, shares = torch.tensor([[2], [0], [2]]), torch.rand(3, 1)
     there, x, outputs = Bank(experts, [2]), random(3, 64, seed=9), torch.full((3, 64), 7.0)
-    each_set.expert_outputs(norm.struct, there.table, None, chosen, shares, x, [1, 2], outputs)
+    each_set.experts(norm.struct, there.table, None, chosen, shares, x, [1, 2], outputs)
     expected = experts[2](norm(x[[0, 2]]))
     assert (outputs[[0, 2]] - expected).norm() < 1e-3 * expected.norm()
     assert bool((outputs[1] == 7).all())

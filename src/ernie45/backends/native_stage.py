@@ -43,10 +43,10 @@ from ernie45.kernels.native import (
 )
 from ernie45.kernels.panels import PanelLinear, Staging
 from ernie45.memory.workspace import PREFILL_CHUNK_TOKENS
+from ernie45.quantization.panels import PANEL_ROWS
 
 _MlpPointers = tuple[NormStruct, int | None, int | None, int | None]  # the rest of a LayerStruct
 _MOST_AHEAD = 2  # experts of the next layer that are read on a guess
-_PANEL = 64  # outputs that the kernels take at a time: gate and up must begin with whole ones
 
 
 def native_stage(stage: Stage) -> Stage | NativeStage:
@@ -205,7 +205,7 @@ class ExpertPart:
         def meanwhile() -> None:
             ahead = x
             if self._shared is not None:
-                self._native.expert_outputs(self._norm, bank.table, self._shared, *inputs, [], outputs)
+                self._native.experts(self._norm, bank.table, self._shared, *inputs, [], outputs)
                 ahead = x + outputs[-num_tokens:].to(x.dtype)
             if self.following is not None:
                 self.following.read_ahead(ahead)
@@ -214,7 +214,7 @@ class ExpertPart:
             for group in groups:
                 bank.point_at(group)
                 numbers = [number for number, _ in group]
-                self._native.expert_outputs(self._norm, bank.table, None, *inputs, numbers, outputs)
+                self._native.experts(self._norm, bank.table, None, *inputs, numbers, outputs)
         self._native.add_outputs(outputs, has_shared=self._shared is not None, chosen=chosen, shares=shares, x=x)
 
     def read_ahead(self, x: Tensor) -> None:
@@ -306,7 +306,8 @@ def _mlp(mlp: DenseMLP) -> MlpStruct | None:
     gate_up, down = mlp.gate_up, mlp.down
     if not isinstance(gate_up, PanelLinear) or not isinstance(down, PanelLinear):
         return None
-    return MlpStruct(gate_up.struct, down.struct) if gate_up.out_features % (2 * _PANEL) == 0 else None
+    has_whole_panels = gate_up.out_features % (2 * PANEL_ROWS) == 0  # of gate, and of up
+    return MlpStruct(gate_up.struct, down.struct) if has_whole_panels else None
 
 
 def _norm(norm: Norm) -> tuple[NormStruct, Tensor]:

@@ -204,45 +204,19 @@ class Kernels:
         chosen: Tensor,
         shares: Tensor,
         x: Tensor,
+        numbers: Sequence[int] = (),
+        outputs: Tensor | None = None,
     ) -> None:
         """x += the sum of shares · experts(norm(x)) + shared(norm(x)); `table` has the address of an `MlpStruct` for
-        each expert, of which only chosen ones are read."""
-        self._experts(norm, table, PartStruct(None, len(table), None), shared, chosen, shares, x)
+        each expert, of which only chosen ones are read.
 
-    def expert_outputs(
-        self,
-        norm: NormStruct,
-        table: ctypes.Array[ctypes.c_void_p],
-        shared: MlpStruct | None,
-        chosen: Tensor,
-        shares: Tensor,
-        x: Tensor,
-        numbers: Sequence[int],
-        outputs: Tensor,
-    ) -> None:
-        """What the experts of these `numbers`, and a shared MLP, give -> their rows of `outputs` float32
-        [N · K + N, h]: those of the choices, then of the tokens. There must be an expert that was chosen, or the shared
-        MLP."""
-        listed = (ctypes.c_int64 * len(numbers))(*numbers)
-        part = PartStruct(ctypes.addressof(listed), len(numbers), outputs.data_ptr())
-        self._experts(norm, table, part, shared, chosen, shares, x)
-
-    def add_outputs(self, outputs: Tensor, *, has_shared: bool, chosen: Tensor, shares: Tensor, x: Tensor) -> None:
-        """As `experts`, with the same bits, once all are among the `outputs`."""
-        addresses = chosen.data_ptr(), shares.data_ptr()
-        sizes = *x.shape, _DTYPES[x.dtype]
-        self._call("add_outputs", outputs.data_ptr(), has_shared, *addresses, chosen.shape[1], x.data_ptr(), *sizes)
-
-    def _experts(
-        self,
-        norm: NormStruct,
-        table: ctypes.Array[ctypes.c_void_p],
-        part: PartStruct,
-        shared: MlpStruct | None,
-        chosen: Tensor,
-        shares: Tensor,
-        x: Tensor,
-    ) -> None:
+        With `outputs` float32 [N · K + N, h] x is not changed. What the experts of these `numbers`, and a shared MLP,
+        give is put there instead, into the rows of the choices, and then of the tokens. There must be something to put.
+        """
+        part = PartStruct(None, len(table), None)
+        if outputs is not None:
+            listed = (ctypes.c_int64 * len(numbers))(*numbers)
+            part = PartStruct(ctypes.addressof(listed), len(numbers), outputs.data_ptr())
         self._call(
             "experts",
             ctypes.addressof(norm),
@@ -256,6 +230,12 @@ class Kernels:
             len(x),
             _DTYPES[x.dtype],
         )
+
+    def add_outputs(self, outputs: Tensor, *, has_shared: bool, chosen: Tensor, shares: Tensor, x: Tensor) -> None:
+        """As `experts`, with the same bits, once all are among the `outputs`."""
+        addresses = chosen.data_ptr(), shares.data_ptr()
+        sizes = *x.shape, _DTYPES[x.dtype]
+        self._call("add_outputs", outputs.data_ptr(), has_shared, *addresses, chosen.shape[1], x.data_ptr(), *sizes)
 
     def layers(
         self,

@@ -8,6 +8,7 @@ from ernie45.sampling.penalties import (
     apply_logit_bias,
     apply_presence_penalty,
     apply_repetition_penalty,
+    copied,
 )
 
 CPU = torch.device("cpu")
@@ -19,7 +20,8 @@ def assert_equal(actual: Tensor, expected: list[float]) -> None:
 
 def test_logit_bias_adds_to_the_named_tokens_only() -> None:
     logits = torch.tensor([1.0, 2.0, 3.0])
-    biased = apply_logit_bias(logits, torch.tensor([2, 0]), torch.tensor([-4.0, 0.5]))
+    biased = copied(logits)
+    apply_logit_bias(biased, torch.tensor([2, 0]), torch.tensor([-4.0, 0.5]))
     assert_equal(biased, [1.5, 2.0, -1.0])
     assert_equal(logits, [1.0, 2.0, 3.0])
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ernie45.errors import CorruptFileError
@@ -25,6 +26,17 @@ def check_finite(value: float) -> None:
             hint="load with dtype='float32' in case a narrower type overflows; if that does not help, "
             "the weight files are damaged: download them again",
         )
+
+
+def highest_logit(logits: Tensor) -> float:
+    """Return the highest of `logits` [V].
+
+    Raises:
+        CorruptFileError: the logits hold NaN or +inf, or nothing but -inf.
+    """
+    best = float(logits.numpy().max() if logits.device.type == "cpu" else logits.amax())  # NaN where there is one
+    check_finite(best)
+    return best
 
 
 def greedy_token(logits: Tensor) -> int:
@@ -48,13 +60,11 @@ class Best(NamedTuple):
 def greedy_tokens(logits: Tensor, num_token_ids: int) -> list[Best]:
     """Return the highest of each row of `logits` [B, V] at once, among the first `num_token_ids` ids.
 
-    For rows whose sampler says `is_plain_greedy`: many rows share one pass over the threads, or one wait for a device.
+    For rows whose sampler says `is_plain_greedy`: many rows share one pass, or one wait for a device.
     The caller puts each `logit` through `check_finite`, so that one bad row is its own affair.
     """
     allowed = logits[:, :num_token_ids]
     if allowed.device.type == "cpu":
-        # numpy's, which runs on this thread alone: torch's threads would be looking for more work for a while, and take
-        # the processors from the next step.
         rows = allowed.numpy()
         return [Best(int(best), float(row[best])) for row, best in zip(rows, rows.argmax(axis=1), strict=True)]
     best = allowed.max(dim=-1)
@@ -70,15 +80,14 @@ def sampled_token(logits: Tensor, sampling: Sampling, uniform: float) -> int:
     Raises:
         CorruptFileError: the logits hold NaN or +inf, or nothing but -inf.
     """
-    best = float(logits.amax())
-    check_finite(best)
+    best = highest_logit(logits)
     if not sampling.top_k and sampling.top_p == 1 and sampling.min_p == 0:
         return _inverse_cdf(relative_weights(logits, best, sampling.temperature), uniform)
     weights, token_ids = likely_tokens(logits, best, sampling)
     return int(token_ids[_inverse_cdf(weights, uniform)])
 
 
-def _inverse_cdf(weights: Tensor, uniform: float) -> int:
-    cumulative = weights.cumsum(0)
-    # right=True steps over tokens of weight 0, also where uniform is 0.
-    return int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))
+def _inverse_cdf(weights: NDArray[np.float64], uniform: float) -> int:
+    cumulative = weights.cumsum()
+    # side="right" steps over tokens of weight 0, also where uniform is 0.
+    return int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))

@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 
-def apply_logit_bias(logits: Tensor, token_ids: Tensor, biases: Tensor) -> Tensor:
-    """Add `biases` [N] to the logits [V] of the distinct `token_ids` [N]."""
-    return logits.index_add(0, token_ids, biases)
+def copied(logits: Tensor) -> Tensor:
+    """Return a copy of `logits` [V], for adjustments to change."""
+    return torch.from_numpy(logits.numpy().copy()) if logits.device.type == "cpu" else logits.clone()
+
+
+def apply_logit_bias(logits: Tensor, token_ids: Tensor, biases: Tensor) -> None:
+    """Add `biases` [N] to the `logits` [V] of the distinct `token_ids` [N], in place."""
+    logits.index_add_(0, token_ids, biases)
 
 
 def apply_repetition_penalty(logits: Tensor, penalty: float) -> Tensor:

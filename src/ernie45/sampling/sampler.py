@@ -18,12 +18,13 @@ from ernie45.sampling.penalties import (
     apply_logit_bias,
     apply_presence_penalty,
     apply_repetition_penalty,
+    copied,
 )
 from ernie45.sampling.speculative import RandomNumbers
 from ernie45.types.requests import Sampling
 from ernie45.types.results import TokenLogprob
 
-Adjust = Callable[[Tensor], Tensor]
+Adjust = Callable[[Tensor], None]
 Choose = Callable[[Tensor, float], int]
 
 
@@ -90,9 +91,12 @@ class Sampler:
         return Drawn(token_id=token_id, logprob=token_logprob(logits, token_id, self._num_logprobs))
 
     def _adjusted(self, logits: Tensor) -> Tensor:
-        adjusted = logits[: self._num_token_ids]
+        allowed = logits[: self._num_token_ids]
+        if not self._adjustments:
+            return allowed
+        adjusted = copied(allowed)
         for adjust in self._adjustments:
-            adjusted = adjust(adjusted)
+            adjust(adjusted)
         return adjusted
 
 
@@ -149,11 +153,11 @@ def _build_bias(logit_bias: Mapping[int, float], num_token_ids: int, vocab_size:
 
 
 def _build_penalties(sampling: Sampling, seen: SeenTokens) -> Adjust:
-    def apply_penalties(logits: Tensor) -> Tensor:
+    def apply_penalties(logits: Tensor) -> None:
         values = apply_repetition_penalty(logits[seen.token_ids], sampling.repetition_penalty)
         values = apply_presence_penalty(values, seen.reply_counts, sampling.presence_penalty)
         values = apply_frequency_penalty(values, seen.reply_counts, sampling.frequency_penalty)
-        return logits.index_copy(0, seen.token_ids, values)
+        logits.index_copy_(0, seen.token_ids, values)
 
     return apply_penalties
 

@@ -9,10 +9,14 @@ import pytest
 import torch
 
 from ernie45 import ErnieModel
+from ernie45.backends.decoder import DenseMLP
+from ernie45.backends.weights import WeightBuilder
 from ernie45.checkpoint import large_pages, staged_reads
 from ernie45.checkpoint.staged_reads import BLOCK_BYTES
+from ernie45.kernels.panels import PanelMemory
 from ernie45.presets import PRESETS
 from ernie45.saving import save_checkpoint
+from ernie45.spec import ExpertSpec
 from tests.backends.test_streamed import LONG, MOE, WIDE, caches_of, check_streams
 from tests.packed_files import as_version_1, move_data, opened
 from tests.paddle_files import random_pt, write_checkpoint
@@ -76,6 +80,25 @@ def test_experts_in_panels_are_read_into_their_slots(
             begin = memory[cache._slots[key]].data_ptr() + stored.start % BLOCK_BYTES
             assert filled.result().gate_up.struct.panels == begin, "not where it was read to"
     assert not buffers
+
+
+def test_what_follows_in_a_slot_is_not_built_again(
+    native: object, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Building takes the processor from the layers; where an expert lies is all that is new."""
+    built: list[str] = []
+    build = WeightBuilder.expert
+
+    def counting(builder: WeightBuilder, prefix: str, experts: ExpertSpec, memory: PanelMemory | None) -> DenseMLP:
+        built.append(prefix)
+        return build(builder, prefix, experts, memory)
+
+    with open_model(packed, 5, quantization="auto", context_tokens=640) as model:
+        monkeypatch.setattr(WeightBuilder, "expert", counting)
+        model.logits(LONG)
+        (cache,) = caches_of(model)
+        assert len(built) <= cache.num_slots
+        assert cache.counts.misses > 3 * cache.num_slots
 
 
 @pytest.mark.parametrize("kind", ["version 1", "int8", "none", "int4 while loading"])

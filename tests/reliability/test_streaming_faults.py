@@ -164,11 +164,13 @@ class SlowDisk:
         self.may_go.set()
         stage = StagedReader.stage
 
-        def slow(reader: StagedReader, infos: Sequence[TensorInfo], room: memoryview | None = None) -> None:
+        def slow(
+            reader: StagedReader, infos: Sequence[TensorInfo], room: memoryview | None = None
+        ) -> tuple[int, ...] | None:
             self.num_waiting += not self.may_go.is_set()
             assert self.may_go.wait(30)
             time.sleep(draw.uniform(0, 2 * self.seconds))
-            stage(reader, infos, room)
+            return stage(reader, infos, room)
 
         monkeypatch.setattr(StagedReader, "stage", slow)
 

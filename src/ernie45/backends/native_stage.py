@@ -8,7 +8,6 @@ from contextlib import closing
 from itertools import pairwise
 from typing import final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -210,7 +209,7 @@ class ExpertPart:
             if self.following is not None:
                 self.following.read_ahead(ahead)
 
-        with closing(bank.experts.groups(np.unique(chosen.numpy()).tolist(), meanwhile)) as groups:
+        with closing(bank.experts.groups(sorted(set(chosen.flatten().tolist())), meanwhile)) as groups:
             for group in groups:
                 bank.point_at(group)
                 numbers = [number for number, _ in group]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Protocol, final
 
 import torch
@@ -17,7 +18,7 @@ from ernie45.checkpoint.staged_reads import BLOCK_BYTES
 from ernie45.errors import CheckpointError
 from ernie45.experts.cache import ExpertCache
 from ernie45.kernels.library import work_alone
-from ernie45.kernels.panels import PanelMemory
+from ernie45.kernels.panels import PanelLinear, PanelMemory
 from ernie45.memory.workspace import NUM_EXPERT_READERS
 from ernie45.spec import ExpertSpec
 
@@ -67,6 +68,24 @@ class ExpertStore:
         return StreamedExperts(self.cache, index * self._num_experts)
 
 
+@dataclass(frozen=True, slots=True)
+class _Landed:
+    """An expert that was read straight into its slot: from byte `first` on, its tensors so far from there."""
+
+    first: int
+    offsets: Mapping[str, int]
+    expert: DenseMLP
+
+
+def _moved(expert: DenseMLP, num_bytes: int) -> DenseMLP:
+    """Another expert in the same slot, so far from where this one lay: without the checks and names of building one,
+    which take time of the processors that the layers need."""
+    gate_up, down = expert.gate_up, expert.down
+    assert isinstance(gate_up, PanelLinear)
+    assert isinstance(down, PanelLinear)
+    return DenseMLP(gate_up=gate_up.moved(num_bytes), down=down.moved(num_bytes))
+
+
 @final
 class _Filling:
     """Fills slots with experts, on several threads."""
@@ -84,6 +103,7 @@ class _Filling:
         self._experts, self._first, self._slots = experts, first, slots
         self._threads = threading.local()
         self._lock, self._memory = threading.Lock(), torch.empty(0)
+        self._landed: dict[int, _Landed] = {}  # by slot, what lay there last
 
     def __call__(self, key: int, slot: int) -> DenseMLP:
         layer, number = divmod(key, self._experts.num_experts)
@@ -92,8 +112,16 @@ class _Filling:
         try:
             reader, builder = self._thread()
             room = self._room(slot)
-            reader.stage(prefix, bytes_of(room) if builder.expert_is_in_panels(self._experts) else None)
-            return builder.expert(prefix, self._experts, PanelMemory(room))
+            places = reader.stage(prefix, bytes_of(room) if builder.expert_is_in_panels(self._experts) else None)
+            if places is None:
+                return builder.expert(prefix, self._experts, PanelMemory(room))
+            before, (first, offsets) = self._landed.get(slot), places
+            if before is not None and before.offsets == offsets:
+                expert = _moved(before.expert, first - before.first)
+            else:
+                expert = builder.expert(prefix, self._experts, PanelMemory(room))
+            self._landed[slot] = _Landed(first, offsets, expert)
+            return expert
         except CheckpointError as error:
             raise type(error)(
                 f"expert {number} of layer {layer} could not be read: {error.message}", hint=error.hint

@@ -128,7 +128,7 @@ class PackedCheckpointSource:
             # it is comes back with its first use.
             self._copied += [self._place(f"{name}.{leaf}") for leaf in wanted]
         for leaf, tensor in tensors.items():
-            _check_values(f"{name}.{leaf}", tensor)
+            check_values(f"{name}.{leaf}", tensor)
         if self._advance is not None:
             self._advance(sum(tensor.nbytes for tensor in tensors.values()))
         return {leaf: tensor.to(device) for leaf, tensor in tensors.items()}
@@ -220,7 +220,7 @@ def _panel_tensors(num_rows: int, in_features: int) -> dict[str, tuple[str, tupl
     return {"panels": ("U8", panels), "row_scales": ("F32", (panels[0] * PANEL_ROWS,))}
 
 
-def _check_values(key: str, tensor: Tensor) -> None:
+def check_values(key: str, tensor: Tensor) -> None:
     """Raises TensorError for values that would break a product, or every answer."""
     problem = None
     # By numpy: torch would have threads of its own look, beside those that read experts while the model runs.

@@ -60,9 +60,10 @@ class StagedReader:
         self._own = self._buffer = memoryview(b"")
         self._staged: tuple[_Range, ...] = ()
 
-    def stage(self, infos: Sequence[TensorInfo], room: memoryview | None = None) -> None:
+    def stage(self, infos: Sequence[TensorInfo], room: memoryview | None = None) -> tuple[int, ...] | None:
         """Read these tensors, and drop the ones before; into `room`, which begins at a multiple of 4,096 bytes, where
-        they lie in the files so that they fit in there.
+        they lie in the files so that they fit in there. Returns where in the room each of them begins, None if they are
+        not there.
 
         Raises:
             CheckpointError: a file is gone, or cannot be read.
@@ -72,7 +73,8 @@ class StagedReader:
         self._staged = ()  # should this fail
         ranges = _joined(infos)
         num_bytes = ranges[-1].end if ranges else 0
-        if room is not None and num_bytes <= len(room):
+        fits = room is not None and num_bytes <= len(room)
+        if room is not None and fits:
             self._buffer = room
         else:
             if num_bytes > len(self._own):
@@ -81,6 +83,7 @@ class StagedReader:
         for file, its_ranges in groupby(ranges, key=lambda stretch: stretch.file):
             self._read_file(file, tuple(its_ranges))
         self._staged = ranges
+        return tuple(self._place(info.file, info.start, info.num_bytes) for info in infos) if fits else None
 
     def view(self, info: TensorInfo) -> memoryview | None:
         """The bytes of a tensor, without a copy, until the next `stage`; None if it is not staged."""
@@ -97,11 +100,15 @@ class StagedReader:
             return read_fully(descriptor, start, target)
 
     def _find(self, path: Path, start: int, num_bytes: int) -> memoryview | None:
+        place = self._place(path, start, num_bytes)
+        return None if place < 0 else self._buffer[place : place + num_bytes]
+
+    def _place(self, path: Path, start: int, num_bytes: int) -> int:
+        """Where in the buffer bytes of a file begin; -1 if they are not staged."""
         for stretch in self._staged:
             if stretch.start <= start and start + num_bytes <= stretch.stop and stretch.file == path:
-                place = stretch.place + start - stretch.start
-                return self._buffer[place : place + num_bytes]
-        return None
+                return stretch.place + start - stretch.start
+        return -1
 
     def _read_file(self, file: Path, ranges: tuple[_Range, ...]) -> None:
         if sys.platform == "linux" and self._read_directly(file, ranges):

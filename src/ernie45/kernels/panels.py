@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import final
 
@@ -115,6 +116,17 @@ class PanelLinear:
         native = kernels()
         assert native is not None
         return native.linear(self.struct, x.contiguous())
+
+    def moved(self, num_bytes: int) -> PanelLinear:
+        """What lies so many bytes from this matrix, in the same memory: one of the same shape, without a bias."""
+        assert self._bias is None
+        other = copy.copy(self)
+        here = self.struct
+        scales = None if here.row_scales is None else here.row_scales + num_bytes
+        other.struct = MatrixStruct(
+            here.kind, here.out_features, here.in_features, here.panels + num_bytes, scales, None
+        )
+        return other
 
 
 @final

@@ -26,7 +26,7 @@ _LOWEST_ID, _HIGHEST_ID = 300, 100_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
-    """What is run: a model with a limit, and for each of `rows` so many requests at a time, `num_prompts` times.
+    """What is run: a model with a limit, and for each of `rows` the same `num_prompts` requests, so many at a time.
 
     What is chosen is recorded to the file `record_to`, or the plan made by what `planned_by` holds."""
 
@@ -115,15 +115,17 @@ def run(turn: Turn) -> Report:
         warm_up = _prompts(draw, 1, _WARM_UP_TOKENS)
         model.generate(warm_up[0], max_new_tokens=2, temperature=1.0, ignore_eos=True)
         with nullcontext() if turn.record_to is None else model.trace_routing() as recording:
-            decoded = [
-                Decoded.together(
+            prompts, seed = _prompts(draw, turn.num_prompts, PROMPT_TOKENS), draw.randrange(2**31)
+            decoded = {
+                rows: Decoded.together(
                     [
-                        _decode(model, _prompts(draw, rows, PROMPT_TOKENS), turn.new_tokens, draw.randrange(2**31))
-                        for _ in range(turn.num_prompts)
+                        _decode(model, prompts[first : first + rows], turn.new_tokens, seed + first)
+                        for first in range(0, turn.num_prompts, rows)
                     ]
                 )
-                for rows in turn.rows
-            ]
+                # Those that are run later find more experts in memory, so the order turns round.
+                for rows in sorted(turn.rows, reverse=turn.seed % 2 == 1)
+            }
         if recording is not None:
             recording.trace.save(str(turn.record_to))
         disk_rates.append(_disk_rate(folder))
@@ -137,7 +139,7 @@ def run(turn: Turn) -> Report:
             seconds=None if plan.tokens_per_second is None else 1 / plan.tokens_per_second,
             disk_rates=disk_rates,
             peak_bytes=_peak_bytes(),
-            decoded=decoded,
+            decoded=[decoded[rows] for rows in turn.rows],
         )
 
 

@@ -195,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a packed folder of a model with experts")
     parser.add_argument("--limits", nargs="+", default=["4GiB", "6GiB", "8GiB", "12GiB"], metavar="SIZE")
-    parser.add_argument("--prompts", type=int, default=3, help="in each process, one after the other")
+    parser.add_argument("--prompts", type=int, default=3, help="in each process; a multiple of each number of rows")
     parser.add_argument("--new-tokens", type=int, default=16, help="after each prompt")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument(
@@ -206,6 +206,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw tokens a second there, as SVG")
     options = parser.parse_args()
+    if any(options.prompts % rows for rows in options.rows):
+        parser.error("--prompts must be a multiple of each of --rows, so that all run the same requests")
     peer = None
     if options.peer_llama:
         # Not resolved: a virtual environment's Python is a link.

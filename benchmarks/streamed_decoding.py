@@ -157,7 +157,7 @@ def _plan(turn: Turn) -> MemoryPlan:
 
 def _decode(model: ErnieModel, prompts: Sequence[Sequence[int]], num_new_tokens: int, seed: int) -> Decoded:
     """From when the last of the prompts has its first token until the first request ends."""
-    # Prompts are run one a turn, while those before them decode.
+    # Prompts may be run in turns of their own, while those before them decode.
     num_new_tokens += len(prompts)
 
     async def follow(prompt: Sequence[int], seed: int) -> list[tuple[float, ExpertCounts]]:

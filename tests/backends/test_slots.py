@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ernie45 import ErnieModel
 from ernie45.backends.decoder import DenseMLP
@@ -54,8 +56,9 @@ def check_slots(model: ErnieModel) -> None:
         for key, filled in cache._filled.items():
             slot, expert = memory[cache._slots[key]], filled.result()
             for linear in (expert.gate_up, expert.down):
-                for tensor in linear._kept:
-                    assert tensor is None or 0 <= tensor.data_ptr() - slot.data_ptr() <= slot.nbytes - tensor.nbytes
+                addresses = linear.struct.panels, linear.struct.row_scales
+                for address, tensor in zip(addresses, linear._kept, strict=True):
+                    assert tensor is None or 0 <= address - slot.data_ptr() <= slot.nbytes - tensor.nbytes
 
 
 @pytest.mark.parametrize("offset", [0, 8, 4088])
@@ -99,6 +102,19 @@ def test_what_follows_in_a_slot_is_not_built_again(
         (cache,) = caches_of(model)
         assert len(built) <= cache.num_slots
         assert cache.counts.misses > 3 * cache.num_slots
+
+
+def test_gate_and_up_that_lie_apart_are_built_each_time(native: object, packed: Path, tmp_path: Path) -> None:
+    """A folder of another writer: the kernels take them one by one, and none follows another."""
+    folder = tmp_path / "model"
+    shutil.copytree(packed, folder)
+    stored = load_file(folder / "model.safetensors")
+    for name in [name for name in stored if ".experts." in name and "gate_up_proj" in name]:
+        gate, up = stored.pop(name).chunk(2)
+        for part, tensor in (("gate_proj", gate), ("up_proj", up)):
+            stored[name.replace("gate_up_proj", part)] = tensor.contiguous()
+    save_file(stored, folder / "model.safetensors")
+    check_streams(folder, 5, quantization="auto")
 
 
 @pytest.mark.parametrize("kind", ["version 1", "int8", "none", "int4 while loading"])

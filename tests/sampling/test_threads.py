@@ -28,7 +28,11 @@ for options in (
 ):
     for row in map(torch.from_numpy, rows):
         sampler = build_sampler(
-            Sampling(**options), num_token_ids=V - 100, vocab_size=V, prompt_ids=range(500), device=torch.device("cpu")
+            Sampling(**options),
+            num_token_ids=V - 100,
+            vocab_size=V,
+            prompt_ids=range(20_000),
+            device=torch.device("cpu"),
         )
         sampler.guess(row, 1)
         sampler(row)

@@ -74,16 +74,14 @@ class _Landed:
 
     first: int
     offsets: Mapping[str, int]
-    expert: DenseMLP
+    gate_up: PanelLinear
+    down: PanelLinear
 
-
-def _moved(expert: DenseMLP, num_bytes: int) -> DenseMLP:
-    """Another expert in the same slot, so far from where this one lay: without the checks and names of building one,
-    which take time of the processors that the layers need."""
-    gate_up, down = expert.gate_up, expert.down
-    assert isinstance(gate_up, PanelLinear)
-    assert isinstance(down, PanelLinear)
-    return DenseMLP(gate_up=gate_up.moved(num_bytes), down=down.moved(num_bytes))
+    def followed_by(self, first: int) -> DenseMLP:
+        """The expert that now lies there from `first` on: without the checks and names of building one, which take time
+        of the processors that the layers need."""
+        num_bytes = first - self.first
+        return DenseMLP(gate_up=self.gate_up.moved(num_bytes), down=self.down.moved(num_bytes))
 
 
 @final
@@ -117,10 +115,10 @@ class _Filling:
                 return builder.expert(prefix, self._experts, PanelMemory(room))
             before, (first, offsets) = self._landed.get(slot), places
             if before is not None and before.offsets == offsets:
-                expert = _moved(before.expert, first - before.first)
-            else:
-                expert = builder.expert(prefix, self._experts, PanelMemory(room))
-            self._landed[slot] = _Landed(first, offsets, expert)
+                return before.followed_by(first)
+            expert = builder.expert(prefix, self._experts, PanelMemory(room))
+            if isinstance(expert.gate_up, PanelLinear) and isinstance(expert.down, PanelLinear):
+                self._landed[slot] = _Landed(first, offsets, expert.gate_up, expert.down)
             return expert
         except CheckpointError as error:
             raise type(error)(

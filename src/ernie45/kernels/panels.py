@@ -118,7 +118,8 @@ class PanelLinear:
         return native.linear(self.struct, x.contiguous())
 
     def moved(self, num_bytes: int) -> PanelLinear:
-        """What lies so many bytes from this matrix, in the same memory: one of the same shape, without a bias."""
+        """What lies so many bytes from this matrix, in the same memory, which this one's tensors keep alive: one of the
+        same shape, without a bias."""
         assert self._bias is None
         other = copy.copy(self)
         here = self.struct

@@ -154,7 +154,7 @@ def _build_bias(logit_bias: Mapping[int, float], num_token_ids: int, vocab_size:
 
 def _build_penalties(sampling: Sampling, seen: SeenTokens) -> Adjust:
     def apply_penalties(logits: Tensor) -> None:
-        values = apply_repetition_penalty(logits[seen.token_ids], sampling.repetition_penalty)
+        values = apply_repetition_penalty(logits.index_select(0, seen.token_ids), sampling.repetition_penalty)
         values = apply_presence_penalty(values, seen.reply_counts, sampling.presence_penalty)
         values = apply_frequency_penalty(values, seen.reply_counts, sampling.frequency_penalty)
         logits.index_copy_(0, seen.token_ids, values)
